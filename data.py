@@ -1,0 +1,716 @@
+"""The data: four sources, one form.
+
+    toy      200 species of cartoon birds, drawn here in seconds. The default.
+    cub      CUB-200-2011: 11,788 photographs of birds, 10 captions each.
+    flowers  Oxford-102: 8,189 photographs of flowers, 10 captions each.
+    FOLDER   your own: pictures with a .txt beside each, a caption a line. Sub-folders are classes.
+
+Whatever the source, the rest of the code sees a `Dataset`: pictures, captions, a class a picture, and
+classes that are never trained on. It is built once, into the folder `cache/`, and memory-mapped.
+
+    python data.py --dataset toy                         # prepare, report, draw a contact sheet
+    python data.py --dataset cub --from ~/Downloads      # files brought by hand
+"""
+
+import argparse
+import hashlib
+import inspect
+import io
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+IMAGE_SIZE = 76      # pictures are kept at 76x76 ([A] section 5) ...
+CROP = 64            # ... and a random 64x64 window of each is what the networks see
+CACHE = Path("cache")
+FORMAT = 1           # raise it when what a cache holds changes: older ones are then rebuilt
+
+# ----------------------------------------------------------------------------------------------
+# Two things that every file here uses: one kind of error, one way to write
+# ----------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `run` prints it in one line and exits with code 2."""
+
+
+def run(main):
+    """Run a script's main function. UserError and Ctrl-C give a line, not a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:            # a full disk, a folder that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_atomically(path, write):
+    """`write(file)` into `path`, whole or not at all: first beside it, then renamed over it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())        # on the disk before the name points to it
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass
+class Dataset:
+    """One form for all sources.
+
+    images (N, 76, 76, 3) uint8, memory-mapped; captions: N lists of strings, none empty;
+    labels (N,) class of each picture; class_names (C); unseen (C,) bool, the zero-shot classes.
+    boxes (N, 4) x, y, w, h and keypoints (N, 6, 2) x, y of KEYPOINTS, both in pixels of the 76x76
+    picture, NaN where not known; None if the source has none. rows (N,): each picture's place in the
+    source's own order (a file of features has one row for each). skipped: what was left out, and why."""
+    name: str
+    images: np.ndarray
+    captions: list
+    labels: np.ndarray
+    class_names: list
+    unseen: np.ndarray
+    rows: np.ndarray
+    boxes: np.ndarray = None
+    keypoints: np.ndarray = None
+    skipped: list = field(default_factory=list)
+
+    def split(self, unseen):
+        """Indices of the pictures of the training classes (False) or of the unseen ones (True)."""
+        return np.flatnonzero(self.unseen[self.labels] == unseen)
+
+
+@dataclass
+class Picture:
+    """What a source gives of one picture, before the cache."""
+    pixels: np.ndarray          # (76, 76, 3) uint8
+    captions: list
+    label: str                  # name of its class
+    row: int                    # its place in the source's own order
+    box: np.ndarray = None
+    keypoints: np.ndarray = None
+
+
+# ----------------------------------------------------------------------------------------------
+# toy: birds drawn here
+# ----------------------------------------------------------------------------------------------
+
+COLOURS = {  # what a caption can say of a part
+    "black": (35, 35, 40), "white": (245, 245, 240), "grey": (140, 145, 150), "brown": (130, 85, 45),
+    "red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70),
+    "blue": (45, 95, 215), "purple": (130, 60, 170)}
+BACKGROUNDS = [  # style: no caption speaks of it
+    (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232),
+    (112, 128, 146), (78, 112, 88), (248, 236, 226)]
+BILLS = {"short": 0.11, "long": 0.20}
+TEMPLATES = [  # each in the manner of a CUB caption; a species fills in its own colours
+    "this bird has wings that are {wing} and has a {crown} crown",
+    "this bird has wings that are {wing} and has a {belly} belly",
+    "this bird is {body} with {wing} wings and has a {bill} beak",
+    "a {body} bird with a {belly} belly and {wing} wings",
+    "a {body} bird with a {crown} crown and {wing} wings",
+    "a small {body} bird with {wing} wings, a {crown} crown and a {belly} belly",
+    "this {body} bird has a {crown} head and a {bill} {billcolour} bill",
+    "the bird has a {crown} crown, a {belly} belly and a {body} back",
+    "this bird has a {belly} belly and breast with a {bill} bill and {wing} wings",
+    "a bird with a {body} body, a {belly} belly and a {crown} crown",
+    "the {body} bird has {wing} wings, its crown is {crown} and its bill is {bill}",
+    "this is a {body} bird with {wing} wings and a {billcolour} beak",
+    "the wings are {wing}, the belly is {belly} and the crown is {crown}",
+    "a {bill} billed bird that is {body} with {wing} on its wings and a {belly} belly"]
+PLAIN = [  # for a species of one colour
+    "an all {body} bird with a {bill} bill", "this bird is completely {body} with a {bill} beak",
+    "this is an all {body} bird, its bill is {billcolour}", "a bird that is {body} all over",
+    "a small all {body} bird with {wing} wings and a {bill} {billcolour} bill"]
+KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]     # the six of [A] section 5.2
+
+
+def toy_species(rng, count):
+    """`count` different species: a dict of colours and bill each. Two share no four colours."""
+    names, species = list(COLOURS), {}
+    for c in names:                                    # one species of each single colour
+        species[c, c, c, c] = None
+    while len(species) < count:
+        body = rng.choice(names)
+        # Half of the parts look like the body: birds do, and captions stay short.
+        parts = [body if rng.random() < 0.4 else rng.choice(names) for _ in range(3)]
+        species[(body, *parts)] = None
+    keys = list(species)
+    rng.shuffle(keys)                                  # so that some plain ones are unseen
+    return [dict(zip(("body", "wing", "crown", "belly"), k), bill=rng.choice(list(BILLS)),
+                 billcolour=rng.choice(["black", "orange", "grey", "yellow"])) for k in keys]
+
+
+def toy_captions(rng, bird):
+    plain = len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
+    templates = PLAIN * 2 if plain else TEMPLATES
+    return [t.format(**bird).replace("a orange", "an orange") for t in rng.sample(templates, 10)]
+
+
+def toy_draw(rng, bird):
+    """One picture: (76, 76, 3) uint8, its box (x, y, w, h) and its six keypoints (6, 2), in pixels."""
+    S = 3                                              # drawn three times as large, then averaged
+    facing, unit = rng.choice([-1, 1]), S * rng.uniform(46, 56)      # pixels of one unit of length
+    cx, cy = S * rng.uniform(33, 39), S * rng.uniform(37, 43)
+    back = [min(255, c + rng.randint(-10, 10)) for c in rng.choice(BACKGROUNDS)]
+    at = lambda x, y: (cx + facing * unit * x, cy + unit * y)
+
+    # A sky that darkens downwards: a column of pixels, stretched.
+    shade = np.linspace(1.06, 0.86, IMAGE_SIZE * S)[:, None, None]
+    sky = np.clip(np.array(back) * shade, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(sky).resize((IMAGE_SIZE * S,) * 2, Image.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    seen = []                                          # every point of the bird, for its box
+
+    def colour(name, factor=1.0):
+        return tuple(int(max(0, min(255, c * factor + tint))) for c in COLOURS[name])
+
+    def shape(points, fill, part_of_bird=True):
+        points = [at(x, y) for x, y in points]
+        draw.polygon(points, fill=fill)
+        if part_of_bird:
+            seen.extend(points)
+
+    def oval(x, y, rx, ry, fill, angle=0.0, first=0.0, last=1.0):
+        a = np.linspace(first, last, 32) * 2 * np.pi
+        u, v, c, s = rx * np.cos(a), ry * np.sin(a), np.cos(angle), np.sin(angle)
+        shape(list(zip(x + c * u - s * v, y + s * u + c * v)), fill)
+
+    tint = rng.randint(-8, 8)
+    branch = 0.40
+    tilt = rng.uniform(-0.05, 0.05)
+    shape([(-3, branch - 3 * tilt), (3, branch + 3 * tilt), (3, branch + 3 * tilt + 0.07),
+           (-3, branch - 3 * tilt + 0.07)], (112, 80, 56), part_of_bird=False)
+    for x in (-0.02, 0.10):                            # legs
+        draw.line([at(x, 0.15), at(x + 0.02, branch + 0.02)], fill=(90, 70, 50), width=S + 1)
+    shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["wing"], 0.82))   # tail
+    oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
+    oval(0.20, -0.14, 0.16, 0.17, colour(bird["body"]))                             # neck
+    oval(0.06, 0.08, 0.25, 0.15, colour(bird["belly"]), 0.0)
+    length = BILLS[bird["bill"]]
+    shape([(0.42, -0.34), (0.42, -0.23), (0.43 + length, -0.26)], COLOURS[bird["billcolour"]])
+    oval(0.29, -0.28, 0.175, 0.165, colour(bird["body"]))                           # head
+    oval(0.29, -0.28, 0.175, 0.165, colour(bird["crown"]), 0.0, 0.49, 1.01)         # its upper half
+    oval(0.37, -0.27, 0.042, 0.042, (250, 250, 250))                                # eye
+    oval(0.38, -0.27, 0.024, 0.024, (10, 10, 10))
+    oval(-0.11, -0.05, 0.23, 0.120, colour(bird["wing"], 0.75), 0.35)                   # wing, with a rim
+    oval(-0.11, -0.05, 0.21, 0.100, colour(bird["wing"]), 0.35)
+
+    # To 76 pixels, by averaging: that is where the smooth edges come from.
+    seen = np.array(seen) / S
+    low, high = seen.min(0).clip(0, IMAGE_SIZE), seen.max(0).clip(0, IMAGE_SIZE)
+    spots = [(0.43 + length, -0.26), (0.06, 0.15), (0.28, -0.02), (0.29, -0.44), (0.42, -0.36), (-0.52, 0.15)]
+    return (np.asarray(picture.reduce(S)), np.concatenate([low, high - low]),
+            np.array([at(x, y) for x, y in spots]) / S)
+
+
+def toy_pictures(number, bird, label):
+    """The 40 pictures of one species. It has a random state of its own, so that processes can share the work."""
+    rng = random.Random(number)
+    out = []
+    for i in range(40):
+        pixels, box, keypoints = toy_draw(rng, bird)
+        out.append(Picture(pixels, toy_captions(rng, bird), label, 40 * number + i, box, keypoints))
+    return out
+
+
+def build_toy():
+    birds = toy_species(random.Random(0), 200)
+    labels = ["{:03d}.{body}-{wing}-{crown}-{belly}".format(i, **bird) for i, bird in enumerate(birds)]
+    with ProcessPoolExecutor() as pool:
+        pictures = [p for species in pool.map(toy_pictures, range(200), birds, labels, chunksize=25) for p in species]
+    return pictures, set(labels[150:]), []          # pictures, names of the unseen classes, what was skipped
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading what came from outside: folders, archives, pictures, captions
+# ----------------------------------------------------------------------------------------------
+
+MAX_FILE = 64 << 20          # bytes of one member; the largest picture of CUB has under 1 MB
+MAX_TOTAL = 8 << 30          # bytes of one archive, unpacked
+MAX_PIXELS = 64_000_000      # width x height of one picture
+MAX_CAPTIONS = 100           # of one picture; more are left out
+
+
+def members(path):
+    """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk.
+
+    A member that points outside the archive, a link or a device is refused: no honest archive of
+    pictures holds one."""
+    path, total = Path(path), 0
+    try:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    yield file.relative_to(path).as_posix(), read_bounded(file)
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for m in archive.infolist():
+                    if not m.is_dir():
+                        total = check_member(path, m.filename, m.file_size, total, (m.external_attr >> 28) in (0, 8))
+                        yield m.filename, archive.read(m)
+        else:
+            with tarfile.open(path, "r|*") as archive:
+                for m in archive:
+                    if not m.isdir():
+                        total = check_member(path, m.name, m.size, total, m.isreg())
+                        yield m.name, archive.extractfile(m).read()
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or not an archive ({error}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def read_bounded(file):
+    if file.stat().st_size > MAX_FILE:
+        raise UserError(f"{file} is larger than {MAX_FILE >> 20} MB: not a picture or a caption file")
+    return file.read_bytes()
+
+
+def check_member(archive, name, size, total, plain):
+    """The bytes so far, after one more member. Raises UserError where the member is not acceptable."""
+    if not plain or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name:
+        raise UserError(f"{archive} is refused: its member {name!r} is a link, a device or leads outside")
+    if size > MAX_FILE or total + size > MAX_TOTAL:
+        raise UserError(f"{archive} is refused: its member {name!r} is too large ({size:,} bytes, after {total:,})")
+    return total + size
+
+
+def read_picture(data):
+    """Bytes of a picture file -> ((76, 76, 3) uint8, (width, height) before). Raises ValueError.
+
+    Like the authors, scales to 76x76 without keeping the proportions."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # Pillow's own warning of large pictures
+            picture = Image.open(io.BytesIO(data))
+            size = picture.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{size[0]}x{size[1]} pixels, too many")
+            picture.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # a large JPEG: decode at a half, a quarter ...
+            return np.asarray(to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)), size
+    except Image.DecompressionBombError:
+        raise ValueError("too many pixels") from None
+    except ValueError:
+        raise
+    except Exception as error:          # Pillow's decoders raise whatever they please on broken files
+        raise ValueError(f"not a whole picture ({type(error).__name__})") from None
+
+
+def to_rgb(picture):
+    """Any mode of Pillow's to RGB: 16-bit greys are scaled, transparency is laid on white."""
+    if picture.mode.startswith(("I", "F")):
+        grey = np.asarray(picture).astype(np.float32)
+        return Image.fromarray((grey * (255 / max(grey.max(), 255))).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def read_captions(data):
+    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the
+    real sets hold a few such as "{}") are left out."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", errors="replace")
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
+
+
+def read_all_pictures(path, keep=lambda name: True):
+    """{name: (pixels, size)} of the picture files in a folder or archive, and what was skipped."""
+    read, skipped, waiting = {}, [], []
+
+    def attempt(item):
+        try:
+            return item[0], read_picture(item[1])
+        except ValueError as error:
+            return item[0], str(error)
+
+    def work_off():
+        for name, result in pool.map(attempt, waiting):
+            if isinstance(result, str):
+                skipped.append(f"{name}: {result}")
+            else:
+                read[name] = result
+        waiting.clear()
+
+    with ThreadPoolExecutor() as pool:      # Pillow decodes outside Python's lock
+        for name, data in members(path):
+            if re.search(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I) and keep(name):
+                waiting.append((name, data))
+            if len(waiting) == 256:         # bounded, so that a gigabyte of pictures does not pile up
+                work_off()
+        work_off()
+    return read, skipped
+
+
+# ----------------------------------------------------------------------------------------------
+# cub and flowers
+# ----------------------------------------------------------------------------------------------
+
+MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
+SOURCES = {
+    "cub": dict(
+        pictures=["CUB_200_2011.tgz", "CUB_200_2011"],
+        captions=["cvpr2016_cub.tar.gz", "cvpr2016_cub", "caption-data-cub-v1.0.0.zip", "captions", "text_c10"],
+        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        md5="97eceeb196236b17998738112f37df78",
+        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",
+        # The numbers of the 50 classes of testclasses.txt, for captions that come without it.
+        unseen="1 4 6 8 9 14 23 29 31 33 34 35 36 37 38 43 49 51 53 66 72 79 83 84 86 91 95 96 98 101 102 103 "
+               "112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197"),
+    "flowers": dict(
+        pictures=["102flowers.tgz", "jpg", "102flowers"],
+        captions=["cvpr2016_flowers.tar.gz", "cvpr2016_flowers", "caption-data-flowers-v1.0.0.zip", "captions", "text_c10"],
+        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
+        md5="52808999861908f626f3c1f4e79d11fa",
+        captions_url=MIRROR + "caption-data-flowers-v1.0.0.zip",
+        unseen=" ".join(map(str, range(1, 21)))),
+}
+
+
+def find_sources(name, folder):
+    """(pictures, captions): paths below `folder`, an archive or an unpacked folder each."""
+    def first(kind):
+        for candidate in SOURCES[name][kind]:
+            if (folder / candidate).exists():
+                return folder / candidate
+        raise UserError(f"no {kind} of {name} in {folder}: expected one of {', '.join(SOURCES[name][kind])}")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return first("pictures"), first("captions")
+
+
+def fetch_sources(name):
+    """Download what is not there yet to cache/downloads."""
+    source, folder = SOURCES[name], CACHE / "downloads"
+    pictures = folder / source["pictures"][0]
+    if not pictures.exists():
+        download(source["url"], pictures, source["md5"])
+    try:
+        return find_sources(name, folder)
+    except UserError:
+        pass
+    try:
+        download(source["captions_url"], folder / source["captions_url"].rsplit("/", 1)[1])
+    except UserError as error:
+        raise UserError(f"the captions could not be fetched ({error}). Get {source['captions'][0]} (the link is in the "
+                        f"README of github.com/reedscot/cvpr2016), put it into {folder}, run this again") from None
+    return find_sources(name, folder)
+
+
+def download(url, path, md5=None, chunk=1 << 20):
+    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on
+    with the next time. Raises UserError when it fails or when the MD5 is another."""
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.status != 206:                            # the server starts at the beginning
+                have = 0
+            total = have + int(answer.headers.get("Content-Length") or 0)
+            with open(part, "r+b" if have else "wb") as f:
+                f.seek(have)
+                while data := answer.read(chunk):
+                    f.write(data)
+                    have += len(data)
+                    print(f"\r{path.name}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", end="", flush=True)
+            print()
+        if have < total:
+            raise UserError(f"{url} broke off after {have:,} of {total:,} bytes: run this again to go on")
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:                       # 416: nothing is left to fetch
+            raise UserError(f"{url} answered {error.code} {error.reason}") from None
+    except (OSError, ValueError) as error:                      # no network, a time-out, a bad URL
+        raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
+    if md5:
+        found = hashlib.md5()
+        with open(part, "rb") as f:
+            while data := f.read(chunk):
+                found.update(data)
+        if found.hexdigest() != md5:
+            part.unlink()
+            raise UserError(f"{path.name} has MD5 {found.hexdigest()}, expected {md5}: it was removed, run this again")
+    os.replace(part, path)
+
+
+def build_archives(name, pictures_path, captions_path):
+    """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in:
+    pictures and captions are matched by file name, .../NAME.jpg with .../NAME.txt."""
+    captions, classes, splits = {}, {}, {}
+    for path, data in members(captions_path):
+        *_, folder, file = ("", *path.split("/"))
+        stem, ending = os.path.splitext(file)
+        if file.endswith("classes.txt"):
+            splits[file] = data.decode("utf-8", "replace").split()
+        elif ending == ".txt" and not file.startswith("."):
+            captions[stem], classes[stem] = read_captions(data), folder
+
+    tables = {}                     # CUB's text files, by name
+
+    def keep(path):
+        return not path.rsplit("/", 1)[-1].startswith(".")
+    pictures, skipped = read_all_pictures(pictures_path, keep)
+    if name == "cub":
+        wanted = ("images.txt", "bounding_boxes.txt", "part_locs.txt")
+        for path, data in members(pictures_path):
+            if path.rsplit("/", 1)[-1] in wanted:
+                tables[path.rsplit("/", 1)[-1]] = [line.split() for line in data.decode("utf-8", "replace").splitlines()]
+
+    # The source's own order: images.txt where there is one, else by file name.
+    by_stem = {os.path.splitext(path.rsplit("/", 1)[-1])[0]: path for path in pictures}
+    listed = [(os.path.splitext(path.rsplit("/", 1)[-1])[0], number) for number, path in tables.get("images.txt", [])]
+    order = listed or [(stem, stem) for stem in sorted(by_stem)]
+    boxes = {row[0]: row[1:5] for row in tables.get("bounding_boxes.txt", [])}
+    points = {}
+    for number, part, x, y, visible in tables.get("part_locs.txt", []):
+        if visible == "1" and int(part) in CUB_PARTS:
+            points.setdefault(number, {})[int(part)] = float(x), float(y)
+
+    out = []
+    for row, (stem, number) in enumerate(order):
+        if stem not in by_stem or not captions.get(stem):
+            skipped.append(f"{stem}: no {'picture' if stem not in by_stem else 'caption'}")
+            continue
+        pixels, size = pictures[by_stem[stem]]
+        scale = IMAGE_SIZE / np.array(size, float)              # boxes and parts to 76x76 pixels
+        label = by_stem[stem].split("/")[-2] if name == "cub" else classes[stem]
+        p = Picture(pixels, captions[stem], label, row)
+        if number in boxes:
+            p.box = np.array(boxes[number], float) * np.tile(scale, 2)
+        if number in points:
+            p.keypoints = np.array([points[number].get(part, (np.nan, np.nan)) for part in CUB_PARTS]) * scale
+        out.append(p)
+    number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0]) or -1)     # 013.Bobolink, class_00013
+    test_numbers = {int(n) for n in SOURCES[name]["unseen"].split()}
+    if "testclasses.txt" in splits:
+        test_numbers = {number_of(label) for label in splits["testclasses.txt"]}
+    return out, {p.label for p in out if number_of(p.label) in test_numbers}, skipped
+
+
+CUB_PARTS = [2, 3, 4, 5, 6, 14]     # CUB's numbers of KEYPOINTS
+
+
+# ----------------------------------------------------------------------------------------------
+# a folder of your own
+# ----------------------------------------------------------------------------------------------
+
+
+def build_folder(folder):
+    pictures, skipped = read_all_pictures(folder)
+    out = []
+    for row, (name, (pixels, _)) in enumerate(pictures.items()):
+        text = (folder / name).with_suffix(".txt")
+        captions = read_captions(read_bounded(text)) if text.is_file() else []
+        if not captions:
+            skipped.append(f"{name}: {'no caption in' if text.is_file() else 'there is no'} {text.name}")
+            continue
+        # Sub-folders are classes; without them every picture is one.
+        label = name.rsplit("/", 1)[0] if "/" in name else name
+        out.append(Picture(pixels, captions, label, row))
+    labels = sorted({p.label for p in out})
+    random.Random(0).shuffle(labels)
+    return out, set(labels[:len(labels) // 4]), skipped         # a quarter of the classes is unseen, as in CUB
+
+
+# ----------------------------------------------------------------------------------------------
+# The cache
+# ----------------------------------------------------------------------------------------------
+
+
+def stamp(paths):
+    """What a cache was made from: name, size and time of every file."""
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    return hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+
+
+def load(name, source=None):
+    """The data set `name` (toy, cub, flowers or a folder), from its cache, which is built first where it
+    is missing or where what it was made from has changed. source: a folder with the archives of cub or
+    flowers. Raises UserError."""
+    if name == "toy":
+        folder, paths = CACHE / "toy", []
+        made_of = hashlib.sha256("".join(map(inspect.getsource, (
+            toy_species, toy_captions, toy_draw, toy_pictures))).encode() + repr(
+            (COLOURS, BACKGROUNDS, BILLS, TEMPLATES, PLAIN)).encode()).hexdigest()
+        build = build_toy
+    elif name in SOURCES:
+        folder = CACHE / name
+        if source is None and (folder / "meta.json").exists():
+            paths = [Path(p) for p in read_meta(folder).get("paths", [])]
+            paths = paths if all(p.exists() for p in paths) else []
+        else:
+            paths = find_sources(name, Path(source)) if source else fetch_sources(name)
+        made_of = stamp(paths) if paths else None               # None: the source is gone, the cache stays good
+        build = lambda: build_archives(name, *paths)
+    else:
+        path = Path(name)
+        if not path.is_dir():
+            raise UserError(f"unknown data set {name!r}: expected toy, cub, flowers or a folder of pictures")
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+        folder, paths, made_of = CACHE / f"{path.resolve().name}-{digest}", [path], stamp([path])
+        build = lambda: build_folder(path)
+
+    meta = read_meta(folder)
+    if meta.get("format") != FORMAT or made_of not in (None, meta.get("made_of")):
+        save(folder, *build(), made_of=made_of, paths=[str(p.resolve()) for p in paths], name=name)
+        meta = read_meta(folder)
+    arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in ("images", "labels", "unseen", "rows")}
+    for key in ("boxes", "keypoints"):
+        if (folder / f"{key}.npy").exists():
+            arrays[key] = np.load(folder / f"{key}.npy")
+    return Dataset(name=name, captions=meta["captions"], class_names=meta["class_names"], skipped=meta["skipped"], **arrays)
+
+
+def read_meta(folder):
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def save(folder, pictures, unseen, skipped, **about):
+    """Write a cache: into a folder of its own beside it, which then takes its name, so that a killed or a
+    second process never leaves half of one."""
+    if not pictures:
+        why = f": {skipped[0]} (and {len(skipped) - 1} more)" if skipped else ""
+        raise UserError(f"{about['name']}: found no picture with a caption{why}")
+    class_names = sorted({p.label for p in pictures})
+    number = {label: i for i, label in enumerate(class_names)}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=CACHE, prefix=folder.name + "."))
+    try:
+        arrays = dict(images=np.stack([p.pixels for p in pictures]), labels=np.array([number[p.label] for p in pictures]),
+                      unseen=np.array([c in unseen for c in class_names]), rows=np.array([p.row for p in pictures]))
+        for key, attribute, shape in (("boxes", "box", 4), ("keypoints", "keypoints", (6, 2))):
+            if any(getattr(p, attribute) is not None for p in pictures):
+                arrays[key] = np.stack([np.full(shape, np.nan) if getattr(p, attribute) is None
+                                        else getattr(p, attribute) for p in pictures]).astype(np.float32)
+        for key, array in arrays.items():
+            np.save(new / f"{key}.npy", array)
+        meta = dict(about, format=FORMAT, class_names=class_names, skipped=skipped, captions=[p.captions for p in pictures])
+        (new / "meta.json").write_text(json.dumps(meta))
+        old = Path(tempfile.mkdtemp(dir=CACHE, prefix=folder.name + "."))
+        if folder.exists():
+            os.replace(folder, old / "old")
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():     # else another process was faster: its cache is as good
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Looking at it
+# ----------------------------------------------------------------------------------------------
+
+
+def sheet(rows, texts=None, titles=None, scale=1, width=230):
+    """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles`
+    above the columns. Everything that this project draws is drawn here. Returns a Pillow image."""
+    font = ImageFont.load_default(13)
+    h, w = (np.array(rows[0][0].shape[:2]) * scale).tolist()
+    left, top = (width if texts else 0), (22 if titles else 0)
+    page = Image.new("RGB", (left + (w + 2) * len(rows[0]), top + (h + 2) * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for j, title in enumerate(titles or []):
+        draw.text((left + j * (w + 2) + w / 2, 10), title, "black", font, "mm")
+    for i, row in enumerate(rows):
+        y = top + i * (h + 2)
+        if texts:
+            draw.multiline_text((6, y + 4), fold(draw, texts[i], font, left - 12, max(1, (h - 6) // 17)), "black", font)
+        for j, picture in enumerate(row):
+            picture = Image.fromarray(np.ascontiguousarray(picture)).resize((w, h), Image.NEAREST)
+            page.paste(picture, (left + j * (w + 2), y))
+    return page
+
+
+def fold(draw, text, font, width, lines):
+    """Break a text into at most `lines` lines of `width` pixels. What the font cannot draw becomes a box."""
+    out = [""]
+    for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
+        while word:
+            trial = (out[-1] + " " + word).strip()
+            if draw.textlength(trial, font) <= width:
+                out[-1], word = trial, ""
+            elif out[-1]:
+                out.append("")
+            else:                                   # one word wider than the column: cut it
+                n = max(1, int(len(word) * width / draw.textlength(word, font)))
+                out[-1], word = word[:n], word[n:]
+    return "\n".join(out[:lines - 1] + [out[lines - 1] + " ..."] if len(out) > lines else out)
+
+
+def save_picture(picture, path):
+    """Write a Pillow image, whole or not at all. Raises UserError for an ending that Pillow does not know."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"cannot write {path}: name a picture file, such as sample.png")
+    write_atomically(path, lambda f: picture.save(f, kind))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a data set and report what it holds.")
+    parser.add_argument("--dataset", default="toy", help="toy, cub, flowers or a folder (default: toy)")
+    parser.add_argument("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
+    args = parser.parse_args()
+    ds = load(args.dataset, args.source)
+    train, test = ds.split(False), ds.split(True)
+    print(f"{args.dataset}: {len(ds.images):,} pictures, {sum(map(len, ds.captions)):,} captions, {len(ds.class_names)} classes")
+    print(f"  training: {len(train):,} pictures of {(~ds.unseen).sum()} classes; unseen: {len(test):,} of {ds.unseen.sum()}")
+    print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {'no' if ds.boxes is None else 'yes'}; "
+          f"keypoints: {'no' if ds.keypoints is None else 'yes'}")
+    for line in ds.skipped[:10]:
+        print(f"  skipped {line}")
+    if len(ds.skipped) > 10:
+        print(f"  ... {len(ds.skipped)} skipped in all, listed in meta.json of the cache")
+    rng = random.Random(1)
+    rows, texts = [], []
+    for label in rng.sample(range(len(ds.class_names)), min(8, len(ds.class_names))):
+        of_class = np.flatnonzero(ds.labels == label)
+        picks = [int(rng.choice(of_class)) for _ in range(6)]
+        rows.append([ds.images[i] for i in picks])
+        texts.append(rng.choice(ds.captions[picks[0]]))
+    path = CACHE / f"{Path(args.dataset).resolve().name}.png"
+    save_picture(sheet(rows, texts), path)
+    print(f"  contact sheet: {path}")
+
+
+if __name__ == "__main__":
+    run(main)

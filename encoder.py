@@ -1,0 +1,533 @@
+"""The text encoder phi: from letters to 1024 numbers, so that a sentence lies near its pictures.
+
+S. Reed, Z. Akata, B. Schiele, H. Lee, Learning Deep Representations of Fine-grained Visual Descriptions,
+CVPR 2016: "[B]" below, in short in [A] section 3.2, whose equation numbers stand here. phi(t) is a
+char-CNN-RNN over a caption's letters; the image side, "v" below, is a small convolutional network or 1024
+frozen features. Both are trained so that v(x) . phi(t) is large where t describes x.
+
+    python encoder.py --dataset toy                             # train, then measure
+    python encoder.py --dataset cub --image-features cub.npy    # image side: given features
+    python encoder.py --dataset toy --evaluate                  # measure the one that is there
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from data import CROP, IMAGE_SIZE, UserError, write_atomically
+from gan_cls import TEXT_DIM, PictureTower, init_weights, pick_autocast, pick_device
+
+# ----------------------------------------------------------------------------------------------
+# Letters
+# ----------------------------------------------------------------------------------------------
+
+# The authors' string. The hyphen stands in it twice, so that one of its 70 rows is never used; the last is a space.
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
+MAX_LETTERS = 201
+CODE = np.zeros(128, np.uint8)          # letter -> its row of the one-hot, counted from 1; 0 = none
+for row, letter in enumerate(ALPHABET, 1):
+    CODE[ord(letter)] = row
+# dict-like assignment: the second hyphen wins, as in the authors' Lua table
+
+
+def encode_text(texts):
+    """list of N str -> (N, 201) uint8: lower-cased, cut at 201 letters, padded with 0. Letters that the
+    alphabet lacks are 0 too, so any script goes in."""
+    out = np.zeros((len(texts), MAX_LETTERS), np.uint8)
+    for i, text in enumerate(texts):
+        # ASCII letter codes; anything else is "\0", whose code is 0
+        letters = text[:MAX_LETTERS].lower()[:MAX_LETTERS].encode("ascii", "replace").replace(b"\x7f", b"\0")
+        letters = np.frombuffer(letters, np.uint8)
+        known = np.array([c < "\x80" for c in text[:MAX_LETTERS].lower()[:MAX_LETTERS]], bool)
+        out[i, :len(letters)] = CODE[letters] * known
+    return torch.from_numpy(out)
+
+
+# ----------------------------------------------------------------------------------------------
+# phi(t): the char-CNN-RNN of [B]
+# ----------------------------------------------------------------------------------------------
+
+
+class CharCNNRNN(nn.Module):
+    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper.
+
+    Convolutions see words, the recurrent network their order, the mean over time the whole sentence."""
+
+    def __init__(self, cnn_dim=512, out_dim=TEXT_DIM):
+        super().__init__()
+        self.cnn = nn.Sequential(                                               # (N,      70, 201)
+            nn.Conv1d(len(ALPHABET), 384, 4), nn.ReLU(), nn.MaxPool1d(3),       # (N,     384,  66): 201 -> 198 -> 66
+            nn.Conv1d(384, 512, 4), nn.ReLU(), nn.MaxPool1d(3),                 # (N,     512,  21):  66 ->  63 -> 21
+            nn.Conv1d(512, cnn_dim, 4), nn.ReLU())                              # (N, cnn_dim,  18):  21 ->  18
+        self.rnn = nn.GRU(cnn_dim, cnn_dim, batch_first=True)
+        self.out = nn.Linear(cnn_dim, out_dim)
+        for p in self.parameters():
+            nn.init.uniform_(p, -0.08, 0.08)
+
+    def forward(self, tokens):
+        # One-hot without the column of "no letter": an unknown letter is all zeros.
+        x = F.one_hot(tokens.long(), len(ALPHABET) + 1)[:, :, 1:].transpose(1, 2).float()   # (N, 70, 201)
+        x = self.cnn(x).transpose(1, 2)                                         # (N, 18, cnn_dim)
+        x, _ = self.rnn(x)                                                      # (N, 18, cnn_dim), a state a time step
+        return self.out(x.mean(1))                                              # (N, 1024)
+
+
+@torch.no_grad()
+def embed(phi, texts, batch=512):
+    """phi of a list of texts -> (len(texts), 1024) float32 on phi's device. Equal texts are worked out once."""
+    unique = list(dict.fromkeys(texts))
+    device = next(phi.parameters()).device
+    with pick_autocast(device)[0]:
+        out = torch.cat([phi(encode_text(unique[i:i + batch]).to(device)).float() for i in range(0, len(unique), batch)])
+    place = {t: i for i, t in enumerate(unique)}
+    return out[torch.tensor([place[t] for t in texts], device=device)]
+
+
+# ----------------------------------------------------------------------------------------------
+# Eq. 2, 3, 4: the joint embedding
+# ----------------------------------------------------------------------------------------------
+
+
+def joint_embedding_loss(image_emb, text_emb):
+    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar.
+
+    Eq. 2 counts the mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place
+    stands a hinge: the right partner should score by 1 more than every other one of the minibatch."""
+    s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)
+    right = s.diagonal()
+    others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    # images choose among texts:  mean over i != j of max(0, 1 + s_ij - s_ii)
+    image_loss = (1 + s - right[:, None]).clamp(min=0)[others].mean()
+    # texts choose among images:  mean over i != j of max(0, 1 + s_ij - s_jj)
+    text_loss = (1 + s - right[None, :]).clamp(min=0)[others].mean()
+    return image_loss + text_loss
+
+
+def class_means(emb, labels, classes):
+    """Mean embedding of each class: (N, 1024), (N,) labels, C class numbers -> (C, 1024)."""
+    return torch.stack([emb[labels == c].mean(0) for c in classes])
+
+
+def classify(emb, means):
+    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged.
+    (N, 1024), (C, 1024) -> (N, C) rows into `means`, best first."""
+    # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]   =  argmax_y  v . (mean phi of class y)
+    # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
+    return (emb @ means.T).argsort(1, descending=True)
+
+
+def average_precision_at_50(image_emb, labels, text_means, classes, k=50):
+    """[B]'s AP@50: each class's mean caption retrieves pictures; the share of its first k that are of
+    the class, mean over classes. A class with fewer than k pictures cannot reach 1, as in [B]."""
+    best = (text_means @ image_emb.T).argsort(1, descending=True)[:, :k]        # (C, k)
+    return (labels[best] == classes[:, None]).float().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------
+# The image side
+# ----------------------------------------------------------------------------------------------
+
+
+class ConvImageEncoder(nn.Module):
+    """(N, 3, 64, 64) in [-1, 1] -> (N, 1024): D's tower, trained along with phi. Works everywhere."""
+
+    def __init__(self, width=32, out_dim=TEXT_DIM):
+        super().__init__()
+        self.net = nn.Sequential(PictureTower(width), nn.Flatten(), nn.Linear(128 * width, out_dim))
+        init_weights(self)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class FeatureImageEncoder(nn.Module):
+    """(N, 1024) frozen features -> (N, 1024): only centred and scaled, to make the margin of 1 mean something.
+    The statistics are those of the training pictures; nothing here is trained."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("scale", 1 / (features - features.mean(0)).norm(dim=1).mean())
+
+    def forward(self, v):
+        return (v - self.mean) * self.scale
+
+
+class GoogLeNet(nn.Module):
+    """The papers' frozen image side: (N, 3, 224, 224) in [-1, 1] -> (N, 1024), the last average pooling.
+
+    C. Szegedy et al., CVPR 2015, with the layer names of torchvision, whose weights it loads."""
+
+    WEIGHTS = "https://download.pytorch.org/models/googlenet-1378be20.pth"
+    #            name   in   1x1  3x3: in, out  5x5: in, out  pool
+    INCEPTION = [("3a", 192, 64, 96, 128, 16, 32, 32), ("3b", 256, 128, 128, 192, 32, 96, 64),
+                 ("4a", 480, 192, 96, 208, 16, 48, 64), ("4b", 512, 160, 112, 224, 24, 64, 64),
+                 ("4c", 512, 128, 128, 256, 24, 64, 64), ("4d", 512, 112, 144, 288, 32, 64, 64),
+                 ("4e", 528, 256, 160, 320, 32, 128, 128), ("5a", 832, 256, 160, 320, 32, 128, 128),
+                 ("5b", 832, 384, 192, 384, 48, 128, 128)]
+
+    class Conv(nn.Module):
+        def __init__(self, c_in, c_out, kernel, **kw):
+            super().__init__()
+            self.conv = nn.Conv2d(c_in, c_out, kernel, bias=False, **kw)
+            self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)))
+
+    class Inception(nn.Module):
+        def __init__(self, c, c1, c3_in, c3, c5_in, c5, cp):
+            super().__init__()
+            Conv = GoogLeNet.Conv
+            self.branch1 = Conv(c, c1, 1)
+            self.branch2 = nn.Sequential(Conv(c, c3_in, 1), Conv(c3_in, c3, 3, padding=1))
+            # "5x5" in the paper; torchvision's weights have a 3x3 there, an old slip kept by all.
+            self.branch3 = nn.Sequential(Conv(c, c5_in, 1), Conv(c5_in, c5, 3, padding=1))
+            self.branch4 = nn.Sequential(nn.MaxPool2d(3, 1, 1, ceil_mode=True), Conv(c, cp, 1))
+
+        def forward(self, x):
+            return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = self.Conv(3, 64, 7, stride=2, padding=3), self.Conv(64, 64, 1), self.Conv(64, 192, 3, padding=1)
+        for name, *widths in self.INCEPTION:
+            setattr(self, "inception" + name, self.Inception(*widths))
+
+    def forward(self, x):
+        # The weights were trained on pictures normalised with mean and deviation 0.5, which [-1, 1] is.
+        pool = lambda x, k: F.max_pool2d(x, k, 2, ceil_mode=True)
+        x = pool(self.conv1(x), 3)                                              # (N, 64, 56, 56)
+        x = pool(self.conv3(self.conv2(x)), 3)                                  # (N, 192, 28, 28)
+        for name, *_ in self.INCEPTION:
+            x = getattr(self, "inception" + name)(x)
+            if name in ("3b", "4e"):
+                x = pool(x, 3 if name == "3b" else 2)                           # 14x14, then 7x7
+        return x.mean((2, 3))                                                   # (N, 1024)
+
+    @classmethod
+    def pretrained(cls):
+        """With torchvision's ImageNet weights, fetched once and checked by hash. Raises UserError."""
+        try:
+            state = torch.hub.load_state_dict_from_url(cls.WEIGHTS, check_hash=True, weights_only=True, map_location="cpu")
+            net = cls()
+            net.load_state_dict({k: v for k, v in state.items() if not k.startswith(("aux", "fc"))})
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"GoogLeNet's weights cannot be had ({error}): use --image-encoder conv, or give "
+                            "features of your own with --image-features FILE.npy") from None
+        return net.eval()
+
+
+@torch.no_grad()
+def googlenet_features(ds, device):
+    """(N, 1024) features of all pictures of a data set. They come from its 76x76 pictures, enlarged to 224."""
+    net, out = GoogLeNet.pretrained().to(device), []
+    for i in range(0, len(ds.images), 64):
+        x = torch.from_numpy(ds.images[i:i + 64]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        out.append(net(F.interpolate(x, 224, mode="bicubic")).cpu())
+    return torch.cat(out)
+
+
+def load_features(path, ds):
+    """A file of features, a row for each picture of the source, in its order -> (N, 1024) float32."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read features from {path}: {error}") from None
+    if features.ndim != 2 or features.shape[1] != TEXT_DIM or len(features) <= ds.rows.max():
+        raise UserError(f"{path} is {features.shape}: expected at least ({ds.rows.max() + 1}, {TEXT_DIM}), one row a picture")
+    features = torch.from_numpy(features[ds.rows].astype(np.float32))
+    if not features.isfinite().all():
+        raise UserError(f"{path} holds numbers that are not finite")
+    return features
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures for the networks
+# ----------------------------------------------------------------------------------------------
+
+
+def picture_tensor(ds, device="cpu"):
+    """The data set's pictures as one uint8 tensor; on a CPU it stays memory-mapped. Never written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # torch dislikes that the file is mapped read-only
+        return torch.from_numpy(ds.images).to(device)
+
+
+def crops(images, index, dy, dx, flip):
+    """Windows of many pictures at once. images (N, 76, 76, 3) uint8 on any device; index, dy, dx (B,) int,
+    flip (B,) bool, on the same -> (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
+    steps = torch.arange(CROP, device=images.device)
+    rows = dy[:, None] + steps                                              # (B, 64)
+    cols = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
+    x = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]    # (B, 64, 64, 3)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def random_crops(images, index):
+    """[A] section 5: a random 64x64 window of the 76x76 picture, mirrored at random."""
+    B, device = len(index), images.device
+    dy, dx = torch.randint(IMAGE_SIZE - CROP + 1, (2, B), device=device)
+    return crops(images, index, dy, dx, torch.rand(B, device=device) < 0.5)
+
+
+def centre_crops(images, index):
+    middle = torch.full_like(index, (IMAGE_SIZE - CROP) // 2)
+    return crops(images, index, middle, middle, torch.zeros_like(index, dtype=torch.bool))
+
+
+def to_pixels(x):
+    """(N, 3, 64, 64) in [-1, 1] -> (N, 64, 64, 3) uint8 on the CPU."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------
+# Checkpoints: a dict of tensors and plain values, nothing that could run
+# ----------------------------------------------------------------------------------------------
+
+FORMAT = 1
+
+
+def save_checkpoint(path, **content):
+    write_atomically(path, lambda f: torch.save(dict(format=FORMAT, **content), f))
+
+
+def load_checkpoint(path, kind):
+    """Read a file that `save_checkpoint` wrote; kind is "gan-cls" or "encoder". Raises UserError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:          # a file of another sort can fail anywhere in the unpickler
+        raise UserError(f"{path} is not a checkpoint, or only a part of one ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise UserError(f"{path} does not hold a {kind} checkpoint")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} has format {content.get('format')}, this version reads {FORMAT}: train it again")
+    return content
+
+
+# ----------------------------------------------------------------------------------------------
+# Training and measuring
+# ----------------------------------------------------------------------------------------------
+
+
+def train_encoder(ds, device="cpu", steps=400, cnn_dim=512, image_encoder="conv", image_features=None,
+                  seed=0, classes=40, log=print):
+    """Train phi and the image side on the training classes of a data set.
+
+    image_encoder: "conv" or "googlenet"; image_features: file of features, in place of both.
+    Returns a checkpoint: a dict of plain values and tensors. [B]'s settings: RMSprop, rate 7e-4, decay
+    0.98 an epoch, gradients clipped at 5, minibatches of 40 classes."""
+    torch.manual_seed(seed)
+    amp, scaler, _ = pick_autocast(device)
+    phi, features = CharCNNRNN(cnn_dim).to(device), None
+    if image_features or image_encoder == "googlenet":
+        features = (load_features(image_features, ds) if image_features else googlenet_features(ds, device)).to(device)
+        v = FeatureImageEncoder(features[torch.from_numpy(ds.split(False)).to(device)]).to(device)
+    else:
+        v, images = ConvImageEncoder().to(device, memory_format=torch.channels_last), picture_tensor(ds)
+    parameters = [*phi.parameters(), *v.parameters()]
+    optimiser = torch.optim.RMSprop(parameters, lr=7e-4, alpha=0.95)
+
+    tokens, owners = caption_tokens(ds)
+    of_class = [np.flatnonzero(ds.labels == c) for c in np.flatnonzero(~ds.unseen)]
+    classes = min(classes, len(of_class))
+    if classes < 2:
+        raise UserError("the text encoder needs at least two training classes")
+    epoch = max(1, len(ds.split(False)) // classes)             # steps of one
+    rng, start, mean_loss = np.random.default_rng(seed), time.time(), 0.0
+    for step in range(1, steps + 1):
+        # One picture and one of its captions from each of 40 classes: every pair of rows then differs in class.
+        rows = torch.tensor([rng.choice(of_class[c]) for c in rng.permutation(len(of_class))[:classes]])
+        t = tokens[owners[rows] + (torch.rand(len(rows)) * (owners[rows + 1] - owners[rows])).long()].to(device)
+        with amp:
+            emb = v(features[rows.to(device)] if features is not None else random_crops(images, rows).to(device))
+            loss = joint_embedding_loss(emb, phi(t))
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
+        nn.utils.clip_grad_norm_(parameters, 5)
+        scaler.step(optimiser)
+        scaler.update()
+        if step % epoch == 0:
+            for group in optimiser.param_groups:
+                group["lr"] *= 0.98
+        mean_loss += (loss.item() - mean_loss) / min(step, 50)
+        if step % 100 == 0 or step == steps:
+            log(f"text encoder: step {step}/{steps}  loss {mean_loss:.3f}  {(time.time() - start) / step * 1000:.0f} ms a step")
+    return dict(kind="encoder", phi=phi.state_dict(), v=v.state_dict(), settings=dict(
+        dataset=ds.name, cnn_dim=cnn_dim, steps=steps, seed=seed, classes=classes,
+        image_side="features" if image_features else image_encoder))
+
+
+def caption_tokens(ds):
+    """All captions as one table: tokens (sum, 201) uint8 and where each picture's begin: (N + 1,)."""
+    starts = np.concatenate([[0], np.cumsum([len(c) for c in ds.captions])])
+    return encode_text([t for c in ds.captions for t in c]), torch.from_numpy(starts)
+
+
+def build(checkpoint, device="cpu"):
+    """(phi, v) of an encoder's checkpoint, ready to use. Raises UserError if it is not one."""
+    try:
+        settings = checkpoint["settings"]
+        phi = CharCNNRNN(settings["cnn_dim"])
+        v = (ConvImageEncoder() if settings["image_side"] == "conv" else FeatureImageEncoder(torch.zeros(2, TEXT_DIM)))
+        phi.load_state_dict(checkpoint["phi"])
+        v.load_state_dict(checkpoint["v"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"this file does not hold a text encoder of this version ({type(error).__name__}: {error})") from None
+    return phi.to(device).eval(), v.to(device, memory_format=torch.channels_last).eval()
+
+
+@torch.no_grad()
+def embed_pictures(v, x):
+    """v of pictures (N, 3, 64, 64) or of features (N, 1024) -> (N, 1024) float32."""
+    with pick_autocast(x.device)[0]:
+        return torch.cat([v(x[i:i + 256]).float() for i in range(0, len(x), 256)])
+
+
+def evaluate(ds, phi, v, features=None, device="cpu"):
+    """Zero-shot top-1 (eq. 3) and AP@50 on the unseen classes -> dict of numbers in 0..1."""
+    index = ds.split(True)
+    if not len(index):
+        raise UserError(f"{ds.name} has no unseen classes to measure on")
+    classes = torch.from_numpy(np.flatnonzero(ds.unseen))
+    labels = torch.from_numpy(ds.labels[index])
+    x = features[index] if features is not None else centre_crops(picture_tensor(ds), torch.from_numpy(index))
+    image_emb = embed_pictures(v, x.to(device)).cpu()
+    owners = torch.from_numpy(np.repeat(ds.labels[index], [len(ds.captions[i]) for i in index]))
+    means = class_means(embed(phi, [t for i in index for t in ds.captions[i]]).cpu(), owners, classes)
+    ranks = classes[classify(image_emb, means)]
+    return {"zero-shot top-1": (ranks[:, 0] == labels).float().mean().item(),
+            "zero-shot top-5": (ranks[:, :5] == labels[:, None]).any(1).float().mean().item(),
+            "AP@50": average_precision_at_50(image_emb, labels, means, classes),
+            "chance": 1 / len(classes), "pictures": len(index)}
+
+
+# ----------------------------------------------------------------------------------------------
+# Measures of generated pictures, for train.py --compare
+# ----------------------------------------------------------------------------------------------
+
+
+def frechet_distance(a, b):
+    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID:
+    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The trace of (C_a C_b)^(1/2) is that of the symmetric (R C_b R)^(1/2), R = C_a^(1/2).
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def kmeans(points, k, seed=0, rounds=50):
+    """Lloyd's algorithm from k-means++ seeds: (N, d) -> (N,) the group of each point."""
+    g = torch.Generator().manual_seed(seed)
+    centres = points[torch.randint(len(points), (1,), generator=g)]
+    while len(centres) < min(k, len(points)):
+        far = torch.cdist(points, centres).min(1).values.square() + 1e-12
+        centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=g)]])
+    for _ in range(rounds):
+        group = torch.cdist(points, centres).argmin(1)
+        centres = torch.stack([points[group == i].mean(0) if (group == i).any() else centres[i] for i in range(len(centres))])
+    return group
+
+
+def roc(scores, same):
+    """Scores (N,) and truth (N,) bool -> false and true positive rates (N + 1,), the strictest threshold first."""
+    best = scores.argsort(descending=True)
+    hits = same[best].double()
+    zero = torch.zeros(1, dtype=torch.double)
+    return tuple(torch.cat([zero, c.cumsum(0) / c.sum()]) for c in (1 - hits, hits))
+
+
+def auc(scores, same):
+    """Area under the ROC curve: how often a "same" pair scores above a "different" one, ties counting half."""
+    values, place = scores.double().unique(return_inverse=True)
+    yes, no = (torch.bincount(place[m], minlength=len(values)).double() for m in (same, ~same))
+    return (yes * (no.cumsum(0) - no / 2)).sum().item() / (yes.sum() * no.sum()).item()
+
+
+def style_groups(ds, index, k=100):
+    """[A] section 5.2: pictures grouped by style, once by the mean colour outside the bounding box, once by pose
+    (the six keypoints relative to the box; pictures that lack one are left out: -1). Two (N,) tensors."""
+    background = []
+    for i in index:
+        x, y, w, h = ds.boxes[i]
+        outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
+        outside[max(0, int(y)):int(y + h) + 1, max(0, int(x)):int(x + w) + 1] = False
+        background.append(ds.images[i][outside if outside.any() else ~outside].mean(0))
+    pose = (ds.keypoints[index] - ds.boxes[index][:, None, :2]) / ds.boxes[index][:, None, 2:]
+    pose = torch.from_numpy(pose.reshape(len(index), -1)).double()
+    whole = pose.isfinite().all(1)
+    group = torch.full((len(index),), -1)
+    group[whole] = kmeans(pose[whole], k)
+    return kmeans(torch.tensor(np.array(background)), k), group
+
+
+def style_pairs(group, folds=5, pairs=5000, seed=0):
+    """For each fold of the pictures, pairs (i, j): half of one group, half of two. List of (i, j, same)."""
+    rng, out = np.random.default_rng(seed), []
+    group = group.numpy()
+    for members in np.array_split(rng.permutation(np.flatnonzero(group >= 0)), folds):
+        i, j = rng.choice(members, (2, 200 * pairs))
+        same = group[i] == group[j]
+        keep = np.concatenate([np.flatnonzero(same & (i != j))[:pairs // 2], np.flatnonzero(~same)[:pairs // 2]])
+        out.append(tuple(torch.from_numpy(a[keep]) for a in (i, j, same)))
+    return out
+
+
+def verify_style(emb, pairs):
+    """Area under the ROC curve, mean over folds, when the score of a pair is the cosine of its rows of emb (N, d)."""
+    emb = F.normalize(emb.float(), dim=1)
+    return float(np.mean([auc((emb[i] * emb[j]).sum(1), same) for i, j, same in pairs]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="toy", help="toy, cub, flowers or a folder")
+    add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
+    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side (paper: googlenet)")
+    add("--image-features", metavar="FILE.npy", help="image side as given features, a row a picture")
+    add("--steps", type=int, default=600)
+    add("--cnn-dim", type=int, default=512, help="width of phi")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
+    add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
+    add("--evaluate", action="store_true", help="measure the one that is there")
+    args = parser.parse_args()
+    ds, device = data.load(args.dataset, args.source), pick_device(args.device)
+    path = args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-encoder.pt"
+    if args.evaluate:
+        checkpoint = load_checkpoint(path, "encoder")
+    else:
+        checkpoint = train_encoder(ds, device, args.steps, args.cnn_dim, args.image_encoder, args.image_features, args.seed)
+        save_checkpoint(path, **checkpoint)
+        print(f"wrote {path}")
+    phi, v = build(checkpoint, device)
+    features = None
+    if checkpoint["settings"]["image_side"] == "features":
+        if not args.image_features:
+            raise UserError("this encoder's image side is given features: name them with --image-features FILE.npy")
+        features = load_features(args.image_features, ds)
+    elif checkpoint["settings"]["image_side"] == "googlenet":
+        features = googlenet_features(ds, device)
+    result = evaluate(ds, phi, v, features, device)
+    for key, value in result.items():
+        print(f"  {key:16} {value:.3f}" if key != "pictures" else f"  {key:16} {value}")
+    print(json.dumps(dict(dataset=args.dataset, **{k: round(v, 4) for k, v in result.items()})))
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,122 @@
+"""Draw pictures from sentences, with a trained run.
+
+    python sample.py "an all black bird" "a red bird with a white belly"    # a row a text, a column a noise
+    python sample.py --interpolate "a bright red bird" "an all blue bird"   # phi moves, z stays: [A] figure 8 left
+    python sample.py --interpolate-style "an all black bird"                # z moves, phi stays: [A] figure 8 right
+    python sample.py "an all black bird" --style query.jpg other.jpg        # z = S(query): [A] figure 6
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import data
+import encoder
+from data import UserError, read_picture, save_picture, sheet
+from encoder import centre_crops, embed, load_checkpoint, to_pixels
+from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
+
+
+class Model:
+    """What sampling needs of a run: G (the average), S (None in an unfinished run), phi. Raises UserError."""
+
+    def __init__(self, path, device="cpu"):
+        checkpoint = load_checkpoint(path, "gan-cls")
+        try:
+            self.settings = checkpoint["settings"]
+            self.G, self.S = Generator(self.settings["ngf"]), StyleEncoder() if checkpoint["S"] else None
+            self.G.load_state_dict(checkpoint["average"])
+            if self.S:
+                self.S.load_state_dict(checkpoint["S"])
+            self.phi, _ = encoder.build(checkpoint["encoder"], device)
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path} does not fit this version's networks ({type(error).__name__})") from None
+        self.device = device
+        self.G.to(device).eval()
+        if self.S:
+            self.S.to(device).eval()
+
+    @torch.no_grad()
+    def draw(self, z, h):
+        """z (N, 100), h (N, 1024) -> (N, 64, 64, 3) uint8."""
+        return to_pixels(self.G(z, h))
+
+    @torch.no_grad()
+    def style(self, path):
+        """A picture file -> its s (1, 100) and itself, (64, 64, 3) uint8, as S saw it."""
+        if not self.S:
+            raise UserError("this run has no style encoder yet: let train.py go on to its end (--resume)")
+        try:
+            pixels, _ = read_picture(data.read_bounded(Path(path)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the picture {path}: {error}") from None
+        x = centre_crops(torch.tensor(pixels)[None].to(self.device), torch.zeros(1, dtype=torch.long, device=self.device))
+        return self.S(x), to_pixels(x)[0]
+
+
+def find_weights(name):
+    """A file, a name in weights/, or, for None, the newest run. Raises UserError."""
+    if name is None:
+        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise UserError("there is no run yet: train one first with  python train.py")
+        return runs[-1]
+    shipped = Path(__file__).parent / "weights" / f"{name}.pt"
+    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw pictures from sentences.")
+    add = parser.add_argument
+    add("texts", nargs="+", metavar="TEXT", help="what to draw, a row each")
+    add("--weights", metavar="FILE", help="a run's checkpoint.pt, or a name in weights/ (default: the newest run)")
+    add("--n", type=int, default=8, help="pictures a text (default: 8)")
+    add("--seed", type=int, default=0, help="seed of the noises: the same seed gives the same file")
+    add("--out", type=Path, default=Path("sample.png"), help="where to write (default: sample.png)")
+    add("--device", default="auto")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--interpolate", action="store_true", help="move between two texts: a row a noise")
+    mode.add_argument("--interpolate-style", action="store_true", help="move between noises: a row a text")
+    mode.add_argument("--style", nargs="+", metavar="PICTURE", help="take the style of these pictures, a column each")
+    args = parser.parse_args()
+    if not 1 <= args.n <= 64:
+        raise UserError(f"--n is {args.n}: expected 1 to 64")
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed is {args.seed}: expected 0 to 2^63 - 1")
+    texts = [" ".join(t.split()) for t in args.texts]
+    if not all(texts):
+        raise UserError("an empty text describes no picture: say what to draw")
+    if args.interpolate and len(texts) != 2:
+        raise UserError(f"--interpolate goes from one text to another: expected 2, found {len(texts)}")
+
+    model = Model(find_weights(args.weights), pick_device(args.device))
+    h = embed(model.phi, texts)                                     # (texts, 1024)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = lambda n: torch.randn(n, Z_DIM, generator=generator).to(model.device)
+    n, titles = args.n, None
+    if args.interpolate:
+        z = noise(4)
+        steps = torch.linspace(0, 1, n).tolist()
+        rows = [model.draw(z[i].expand(n, -1), torch.cat([interpolate(h[1:], h[:1], b) for b in steps])) for i in range(4)]
+        titles, texts = [f"{b:.2f}" for b in steps], [f"from: {texts[0]}", f"to: {texts[1]}", "", ""]
+    elif args.interpolate_style:
+        rows = []
+        for text in h:
+            z = noise(2)
+            z = torch.cat([interpolate(z[1:], z[:1], b) for b in torch.linspace(0, 1, n).tolist()])
+            rows.append(model.draw(z, text.expand(n, -1)))
+    elif args.style:
+        styles = [model.style(path) for path in args.style]
+        s = torch.cat([s for s, _ in styles])
+        rows = [[picture for _, picture in styles]] + [model.draw(s, text.expand(len(s), -1)) for text in h]
+        texts = ["style of:"] + texts
+    else:
+        z = noise(n)                                                # the same noises for every text
+        rows = [model.draw(z, text.expand(n, -1)) for text in h]
+    save_picture(sheet(rows, texts, titles), args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    data.run(main)

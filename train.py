@@ -1,0 +1,466 @@
+"""Train the four models of the paper: GAN, GAN-CLS, GAN-INT and GAN-INT-CLS, then the style encoder S.
+
+    python train.py                                 # cartoon birds, from nothing to pictures
+    python train.py --dataset cub                   # the paper's birds, by the paper's recipe
+    python train.py --variant gan-cls --steps 2000
+    python train.py --resume                        # go on with a run that was stopped
+
+The step itself, Algorithm 1, is `gan_cls_step` in gan_cls.py. Here is what surrounds it: the text encoder,
+the batches, the progress, the checkpoints. Everything of a run lies in runs/DATASET-VARIANT/ (or --out).
+"""
+
+import argparse
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+import encoder
+from data import UserError, save_picture, sheet
+from encoder import centre_crops, embed, load_checkpoint, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
+from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast,
+                     pick_device, style_loss)
+
+# variant: (matching-aware, interpolated). One loop, two switches.
+VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
+
+RECIPES = {
+    # [A] section 5, nothing else: the default for photographs.
+    "paper": dict(lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0),
+    # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of
+    # what it gained there: the text of a picture is the mean of several of its captions (the authors' code: 4);
+    # G learns faster than D; D sees augmented pictures; G is rewarded for heeding z; samples come from an average
+    # of G's weights over the last steps.
+    "quick": dict(lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.1, average=0.998),
+}
+
+TOY_STEPS = 4000                                # some 11 minutes on two cores
+STYLE_STEPS = 600                               # of the style encoder
+EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
+
+# ----------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table.
+
+    A batch is then a few gathers, without a loop in Python and without a word to the CPU."""
+
+    def __init__(self, ds, phi, device, captions):
+        self.images, self.captions = picture_tensor(ds, device), captions
+        counts = torch.tensor([len(c) for c in ds.captions])
+        self.starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(device)
+        self.table = embed(phi, [t for c in ds.captions for t in c]).half()      # (captions of all pictures, 1024)
+        # Training pictures sorted by class, so that "any picture of another class" is a range of places.
+        order = ds.split(False)
+        order = order[np.argsort(ds.labels[order], kind="stable")]
+        if len(np.unique(ds.labels[order])) < 2:
+            raise UserError("training needs pictures of at least two classes: a wrong text comes from another class")
+        labels = ds.labels[order]
+        self.order = torch.from_numpy(order).to(device)
+        first, last = np.searchsorted(labels, labels), np.searchsorted(labels, labels, "right")
+        self.first, self.size = (torch.from_numpy(a).to(device) for a in (first, last - first))
+
+    def __len__(self):
+        return len(self.order)
+
+    def texts(self, pictures):
+        """h of pictures (B,): the mean of `captions` of each one's captions, drawn at random. (B, 1024)"""
+        start, count = self.starts[pictures], self.starts[pictures + 1] - self.starts[pictures]
+        draw = (torch.rand(self.captions, len(pictures), device=pictures.device) * count).long()
+        return self.table[start + draw].float().mean(0)
+
+    def batch(self, places):
+        """places (B,) in the order by class -> x, h, h_wrong."""
+        # Another class: a place among those before and behind the class's own.
+        n = len(self) - self.size[places]
+        other = (torch.rand(len(places), device=places.device) * n).long()
+        other = other + self.size[places] * (other >= self.first[places])
+        pictures = self.order[places]
+        return random_crops(self.images, pictures), self.texts(pictures), self.texts(self.order[other])
+
+
+def get_encoder(ds, path, device, log=print, **options):
+    """The text encoder's checkpoint at `path`, trained first when it is not there."""
+    if path.exists():
+        log(f"text encoder: {path}")
+        return load_checkpoint(path, "encoder")
+    log(f"text encoder: none at {path} yet, training one")
+    trained = encoder.train_encoder(ds, device, log=log, **options)
+    save_checkpoint(path, **trained)
+    return trained
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures of the progress
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_samples(G, z, h):
+    """G in its sampling state: z (n, 100), h (T, 1024) -> T lists of n pictures, the same noises for all texts."""
+    G.eval()
+    out = [list(to_pixels(G(z, t.expand(len(z), -1)).float())) for t in h]
+    G.train()
+    return out
+
+
+COLOURS = ("black", "red", "green", "orange", "blue")
+
+
+def plot(panels, path, size=360):
+    """Line plots side by side, as a picture: panels is a list of {name: (xs, ys)}; both axes begin at 0."""
+    page = Image.new("RGB", (size * len(panels), size), "white")
+    pen = ImageDraw.Draw(page)
+    for n, lines in enumerate(panels):
+        left, right, top, bottom = n * size + 45, (n + 1) * size - 15, 20 + 14 * len(lines), size - 30
+        wide, high = (max(1e-9, max(float(v) for line in lines.values() for v in line[axis])) for axis in (0, 1))
+        pen.rectangle((left, top, right, bottom), outline="grey")
+        for place, anchor, text in (((left - 6, top), "rm", f"{high:.1f}"), ((left - 6, bottom), "rm", "0"), ((right, bottom + 12), "rm", f"{wide:g}")):
+            pen.text(place, text, "black", anchor=anchor)
+        for i, (name, (xs, ys)) in enumerate(lines.items()):
+            points = [(left + (right - left) * float(x) / wide, bottom - (bottom - top) * float(y) / high) for x, y in zip(xs, ys)]
+            if len(points) > 1:
+                pen.line(points, COLOURS[i % 5], 2)
+            pen.text((left, 10 + 14 * i), name, COLOURS[i % 5], anchor="lm")
+    save_picture(page, path)
+
+
+def draw_history(history, path):
+    """The losses, and the mean D outputs, over the steps."""
+    lines = lambda *keys: {k: ([r["step"] for r in history], [r[k] for r in history]) for k in keys if k in history[0]}
+    plot([lines("loss_D", "loss_G"), lines("D(real)", "D(wrong)", "D(fake)")], path)
+
+
+# ----------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a run, and how it is saved and restored."""
+
+    def __init__(self, settings, device, encoder_checkpoint):
+        self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
+        self.recipe = RECIPES[settings["recipe"]]
+        torch.manual_seed(settings["seed"])
+        layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
+        self.G = Generator(settings["ngf"]).to(**layout)
+        self.D = Discriminator(settings["ndf"]).to(**layout)
+        self.average = copy.deepcopy(self.G).eval()
+        adam = dict(betas=(0.5, 0.999), fused=True)                         # [A] section 5: beta1 = 0.5
+        self.opt_G = torch.optim.Adam(self.G.parameters(), self.recipe["lr_G"], **adam)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), self.recipe["lr_D"], **adam)
+        self.amp, self.scaler, self.precision = pick_autocast(device, settings["precision"])
+        self.step, self.history, self.S = 0, [], None
+
+    def parts(self):
+        return {k: getattr(self, k) for k in ("G", "D", "average", "opt_G", "opt_D", "scaler")}
+
+    def save(self, path):
+        save_checkpoint(path, kind="gan-cls", settings=self.settings, encoder=self.encoder, step=self.step,
+                        history=self.history, S=self.S and self.S.state_dict(), rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                        **{k: v.state_dict() for k, v in self.parts().items()})
+
+    def restore(self, checkpoint):
+        for k, v in self.parts().items():
+            v.load_state_dict(checkpoint[k])
+        self.step, self.history = checkpoint["step"], checkpoint["history"]
+        if checkpoint["S"]:
+            self.S = StyleEncoder().to(self.device, memory_format=torch.channels_last).eval()
+            self.S.load_state_dict(checkpoint["S"])
+        torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda" and checkpoint["cuda_rng"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+
+    def update_average(self):
+        """average <- d * average + (1 - d) * G, with a smaller d in the first steps; d = 0 is G itself."""
+        d = min(self.recipe["average"], self.step / (self.step + 10))
+        with torch.no_grad():
+            ours, theirs = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (self.average, self.G))
+            torch._foreach_lerp_(ours, theirs, 1 - d)
+
+    def train_step(self, batches, places):
+        """One step of Algorithm 1 on the pictures at these places -> its losses, still on the device."""
+        x, h, h_wrong = batches.batch(places)
+        cls, int_ = VARIANTS[self.settings["variant"]]
+        out = gan_cls_step(
+            self.G, self.D, self.opt_G, self.opt_D, x, h, h_wrong, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
+            augment=augment if self.recipe["augment"] else lambda x: x, mode_seeking=self.recipe["mode_seeking"])
+        self.step += 1
+        self.update_average()
+        return out
+
+
+def train(run, batches, out_dir, show, log=print):
+    """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
+    s, start, began = run.settings, time.time(), run.step
+    B, n = s["batch_size"], len(batches)
+    per_epoch = n // B
+    stop = []                           # Ctrl-C and kill: finish the step, save, go
+    handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while run.step < s["steps"] and not stop:
+            epoch, i = divmod(run.step, per_epoch)
+            if i == 0 or run.step == began:
+                # The order of an epoch depends on seed and epoch alone: a resumed run finds the same one.
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * s["seed"] + epoch)).to(run.device)
+                for optimiser, key in ((run.opt_G, "lr_G"), (run.opt_D, "lr_D")):
+                    for group in optimiser.param_groups:
+                        group["lr"] = run.recipe[key] * 0.5 ** (epoch // 100)       # [A]: halved every 100 epochs
+            now = run.train_step(batches, order[i * B:(i + 1) * B])
+
+            last = run.step == s["steps"] or bool(stop)
+            if run.step % EVERY["log"] == 0 or last:      # only here does the CPU wait for the numbers
+                now = {k: v.item() for k, v in now.items()}
+                check_health(now, run.history, run.step)
+                run.history.append(dict(step=run.step, **now))
+                rate = (run.step - began) / (time.time() - start)
+                log(f"step {run.step}/{s['steps']}  epoch {epoch}  " + "  ".join(f"{k} {v:.3f}" for k, v in now.items())
+                    + f"  {rate * B:.0f} pictures/s  {(s['steps'] - run.step) / rate / 60:.1f} min left")
+            if run.step % EVERY["sample"] == 0 or last:
+                save_picture(show(run.average), out_dir / "samples" / f"{run.step:06d}.png")
+                if run.history:
+                    draw_history(run.history, out_dir / "loss.png")
+            if run.step % EVERY["save"] == 0 or last:
+                run.save(out_dir / "checkpoint.pt")
+    finally:
+        for sig, handler in handlers.items():
+            signal.signal(sig, handler)
+    return not stop
+
+
+def check_health(now, history, step):
+    """Stop a run that cannot recover, before it overwrites its last good checkpoint."""
+    if not all(map(math.isfinite, now.values())):
+        raise UserError(f"a loss is no longer finite at step {step}: go on from the last checkpoint with --resume, and "
+                        "if it comes again try --precision fp32 or another --seed")
+    if all(r["D(real)"] > 0.999 and r["D(fake)"] < 0.001 for r in history[-5:] + [now]) and len(history) >= 5:
+        raise UserError(f"D has won at step {step}: it is certain of every picture and teaches G nothing more; try "
+                        "--recipe quick, a smaller --ndf or another --seed")
+
+
+def train_style_encoder(run, batches, steps, log=print):
+    """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z."""
+    torch.manual_seed(run.settings["seed"])
+    S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
+    B, start = run.settings["batch_size"], time.time()
+    for step in range(1, steps + 1):
+        z = torch.randn(B, Z_DIM, device=run.device)
+        places = torch.randint(len(batches), (B,), device=run.device)
+        with run.amp:
+            with torch.no_grad():
+                x = run.average(z, batches.texts(batches.order[places]))
+            loss = style_loss(z, S(x))
+        optimiser.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimiser)
+        run.scaler.update()
+        if step == steps * 3 // 4:
+            optimiser.param_groups[0]["lr"] /= 10
+        if step % 200 == 0 or step == steps:
+            # Always answering 0 would lose E||z||^2 = 100.
+            log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  {time.time() - start:.0f} s")
+    return S.eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# Measuring: the four models side by side ([A] sections 5.1 and 5.2)
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def paint(G, h, seed=0):
+    """Pictures (N, 3, 64, 64) in [-1, 1] of texts (N, 1024), a fresh noise each, as a viewer gets them: in 8 bits."""
+    z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(seed)).to(h.device)
+    return torch.cat([(G(z[i:i + 256], h[i:i + 256]) * 127.5).round() / 127.5 for i in range(0, len(h), 256)])
+
+
+@torch.no_grad()
+def measure(ds, batches, G, S, scorer, groups, device):
+    """Numbers of one trained model on the unseen classes -> dict. scorer: an encoder's checkpoint that had no part in
+    the training of G; groups: {name: pairs} of style verification."""
+    phi, v = encoder.build(scorer, device)
+    index = torch.from_numpy(ds.split(True))
+    labels, classes = torch.from_numpy(ds.labels[index]), torch.from_numpy(np.flatnonzero(ds.unseen))
+    torch.manual_seed(0)
+    real, fake = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device)))
+    owners = torch.from_numpy(np.repeat(ds.labels[index], [len(ds.captions[i]) for i in index]))
+    means = encoder.class_means(embed(phi, [t for i in index for t in ds.captions[i]]).cpu(), owners, classes)
+    out = {}
+    for name, x in (("real", real), ("fake", fake)):
+        ranks = classes[encoder.classify(encoder.embed_pictures(v, x).cpu(), means)]
+        out[f"top-1 {name}"] = (ranks[:, 0] == labels).float().mean().item()
+        out[f"top-5 {name}"] = (ranks[:, :5] == labels[:, None]).any(1).float().mean().item()
+    # Spread: standard deviation of a pixel over 16 noises of one text, against that over the pictures of one class.
+    firsts = torch.stack([index[labels == c][0] for c in classes]).to(device)
+    drawn = paint(G, batches.texts(firsts).repeat_interleave(16, 0), seed=1).unflatten(0, (-1, 16))
+    out["spread"] = (drawn.std(1).mean() / torch.stack([real[(labels == c).to(device)].std(0).mean() for c in classes]).mean()).item()
+    # Features of the Frechet distance: the scorer's last map of 4x4x256, averaged over its places.
+    tower = lambda x: torch.cat([v.net[0](x[i:i + 256]).mean((2, 3)) for i in range(0, len(x), 256)]).cpu()
+    out["Frechet"] = encoder.frechet_distance(tower(fake), tower(real))
+    for name, pairs in groups.items():
+        out[f"AUC {name}"] = encoder.verify_style(S(real).cpu(), pairs)
+        out[f"AUC {name}, captions"] = encoder.verify_style(batches.texts(index.to(device)).cpu(), pairs)
+    return out
+
+
+
+def compare(args):
+    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS: same data, text encoder, seeds and steps. Finished runs are reused.
+    Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
+    started, device, name = time.time(), pick_device(args.device), Path(args.dataset).resolve().name
+    rows, curves, columns = {}, [{}, {}], []
+    for variant in VARIANTS:
+        for seed in range(args.compare):
+            path = Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else "")) / "checkpoint.pt"
+            ds, batches, run = run_one(args, variant, seed, path.parent, resume=path.exists())
+            if not ds.unseen.any():
+                raise UserError(f"{name} has no unseen classes to compare on")
+            index = ds.split(True)
+            if not columns:
+                # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
+                scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
+                groups = {}
+                if ds.boxes is not None and ds.keypoints is not None:
+                    groups = {k: encoder.style_pairs(g) for k, g in zip(("background", "pose"), encoder.style_groups(ds, index))}
+                texts, shown = sample_texts(ds, 8), sample_pictures(ds, 8)
+                columns.append([np.array(ds.images[i][6:70, 6:70]) for i in shown])
+            rows.setdefault(variant, []).append(measure(ds, batches, run.average, run.S, scorer, groups, device))
+            if seed == 0:
+                phi, _ = encoder.build(run.encoder, device)
+                columns.append(list(to_pixels(paint(run.average, embed(phi, texts), seed=3))))
+                with torch.no_grad():
+                    s = F.normalize(run.S(centre_crops(batches.images, torch.from_numpy(index).to(device))).cpu(), dim=1)
+                for lines, (kind, pairs) in zip(curves, groups.items()):
+                    i, j, same = (torch.cat(p) for p in zip(*pairs))
+                    lines[f"{variant}, {kind}"] = roc((s[i] * s[j]).sum(1), same)
+    out = Path("runs") / f"{name}-compare"
+    save_picture(sheet(list(zip(*columns)), texts, ["real", *VARIANTS], scale=1.5), out / "models.png")
+    if groups:
+        plot(curves, out / "roc.png")
+    keys = list(rows["gan"][0])
+    print("\n" + " " * 24 + "".join(f"{v:>18}" for v in VARIANTS))
+    for key in keys:
+        values = [[r[key] for r in rows[v]] for v in VARIANTS]
+        print(f"{key:24}" + "".join(f"{np.mean(x):>18.3f}" if len(x) == 1 else f"{np.mean(x):>10.3f} +-{np.std(x):.3f}" for x in values))
+    print(json.dumps({v: [{k: round(x, 4) for k, x in r.items()} for r in rows[v]] for v in VARIANTS}))
+    print(f"measured in {(time.time() - started) / 60:.1f} minutes, training included; pictures in {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="toy", help="toy, cub, flowers or a folder of pictures with captions")
+    add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers, brought by hand")
+    add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models")
+    add("--recipe", choices=RECIPES, help="paper: section 5 as it stands; quick: with what makes few steps enough "
+        "(default: quick for toy, else paper)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
+    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 4000)")
+    add("--batch-size", type=positive, default=64, help="paper: 64")
+    add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
+    add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 32)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions")
+    add("--seed", type=int, default=0)
+    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (paper: googlenet)")
+    add("--image-features", metavar="FILE.npy", help="its image side as given features, a row a picture")
+    add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
+    add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
+    args = parser.parse_args()
+
+    if args.benchmark:
+        return benchmark(pick_device(args.device), args)
+    if args.compare:
+        return compare(args)
+    run_one(args, args.variant, args.seed, args.out, args.resume)
+
+
+def run_one(args, variant, seed, out_dir=None, resume=False):
+    """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
+    name = Path(args.dataset).resolve().name
+    out_dir = out_dir or Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else ""))
+    path, device = out_dir / "checkpoint.pt", pick_device(args.device)
+    if path.exists() and not resume:
+        raise UserError(f"{path} is there already: add --resume to go on with it, or name another --out")
+    if resume and not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}")
+    checkpoint = load_checkpoint(path, "gan-cls") if resume else None
+    dataset = checkpoint["settings"]["dataset"] if resume else args.dataset
+    ds = data.load(dataset, args.source)
+    if resume:
+        settings, trained = checkpoint["settings"], checkpoint["encoder"]
+        settings["steps"] = args.steps or settings["steps"]
+    else:
+        settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
+        trained = get_encoder(ds, Path("runs") / f"{name}-encoder.pt", device, image_encoder=args.image_encoder,
+                              image_features=args.image_features)
+    phi, _ = encoder.build(trained, device)
+    run = Trainer(settings, device, trained)
+    batches = Batches(ds, phi, device, run.recipe["captions"])
+    if checkpoint:
+        run.restore(checkpoint)
+    print(f"{dataset}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
+          f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
+
+    texts, z = sample_texts(ds), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
+    h = embed(phi, texts)
+    if run.step < settings["steps"]:
+        if not train(run, batches, out_dir, lambda G: sheet(draw_samples(G, z, h), texts)):
+            print(f"stopped at step {run.step} and saved; go on with:  python train.py --out {out_dir} --resume")
+            sys.exit(130)
+        run.S = None                    # of a G that is no more
+    if run.S is None:
+        run.S = train_style_encoder(run, batches, STYLE_STEPS)
+        run.save(path)
+    print(f"done: {path}\nnow try: python sample.py --weights {path} {json.dumps(texts[0])}")
+    return ds, batches, run
+
+
+def choose_settings(args, variant, seed, pictures, device):
+    wide = device.type == "cuda"
+    if not wide and not (args.ngf and args.ndf):
+        print("no CUDA device: training at ngf = ndf = 32 (the paper: 128 and 64; --ngf and --ndf choose)")
+    batch_size = min(args.batch_size, pictures)
+    steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
+    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe or ("quick" if args.dataset == "toy" else "paper"),
+                batch_size=batch_size, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32),
+                seed=seed, precision=args.precision, steps=steps)
+
+
+def sample_pictures(ds, n=6):
+    """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
+    rng = np.random.default_rng(0)
+    classes = np.flatnonzero(ds.unseen) if ds.unseen.any() else np.arange(len(ds.class_names))
+    return [rng.choice(np.flatnonzero(ds.labels == c)) for c in rng.permutation(classes)[:n]]
+
+
+def sample_texts(ds, n=6):
+    return [ds.captions[i][0] for i in sample_pictures(ds, n)]
+
+
+def positive(text):
+    if not text.isdecimal() or not 0 < int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 10,000,000, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    data.run(main)
