@@ -24,6 +24,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -41,9 +42,7 @@ CROP = 64            # ... and a random 64x64 window of each is what the network
 CACHE = Path("cache")
 FORMAT = 1           # raise it when what a cache holds changes: older ones are then rebuilt
 
-# ----------------------------------------------------------------------------------------------
-# Two things that every file here uses: one kind of error, one way to write
-# ----------------------------------------------------------------------------------------------
+# ---- Two things that every file here uses: one kind of error, one way to write ---------------
 
 
 class UserError(Exception):
@@ -114,14 +113,11 @@ class Picture:
     captions: list
     label: str                  # name of its class
     row: int                    # its place in the source's own order
-    box: np.ndarray = None
+    boxes: np.ndarray = None
     keypoints: np.ndarray = None
 
 
-# ----------------------------------------------------------------------------------------------
-# toy: birds drawn here
-# ----------------------------------------------------------------------------------------------
-
+# ---- toy: birds drawn here -------------------------------------------------------------------
 COLOURS = {  # what a caption can say of a part
     "black": (35, 35, 40), "white": (245, 245, 240), "grey": (140, 145, 150), "brown": (130, 85, 45),
     "red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70),
@@ -177,8 +173,8 @@ def toy_captions(rng, bird):
 def toy_draw(rng, bird):
     """One picture: (76, 76, 3) uint8, its box (x, y, w, h) and its six keypoints (6, 2), in pixels."""
     S = 3                                              # drawn three times as large, then averaged
-    facing, unit = rng.choice([-1, 1]), S * rng.uniform(46, 56)      # pixels of one unit of length
-    cx, cy = S * rng.uniform(33, 39), S * rng.uniform(37, 43)
+    facing, unit = rng.choice([-1, 1]), S * rng.uniform(50, 58)      # pixels of one unit of length
+    cx, cy = S * rng.uniform(34, 39), S * rng.uniform(38, 43)
     back = [min(255, c + rng.randint(-10, 10)) for c in rng.choice(BACKGROUNDS)]
     at = lambda x, y: (cx + facing * unit * x, cy + unit * y)
 
@@ -213,15 +209,15 @@ def toy_draw(rng, bird):
     shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["wing"], 0.82))   # tail
     oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
     oval(0.20, -0.14, 0.16, 0.17, colour(bird["body"]))                             # neck
-    oval(0.06, 0.08, 0.25, 0.15, colour(bird["belly"]), 0.0)
+    oval(0.07, 0.07, 0.27, 0.175, colour(bird["belly"]))
     length = BILLS[bird["bill"]]
     shape([(0.42, -0.34), (0.42, -0.23), (0.43 + length, -0.26)], COLOURS[bird["billcolour"]])
-    oval(0.29, -0.28, 0.175, 0.165, colour(bird["body"]))                           # head
-    oval(0.29, -0.28, 0.175, 0.165, colour(bird["crown"]), 0.0, 0.49, 1.01)         # its upper half
+    oval(0.28, -0.28, 0.19, 0.18, colour(bird["body"]))                             # head
+    oval(0.28, -0.28, 0.19, 0.18, colour(bird["crown"]), 0.0, 0.44, 1.06)           # its upper two thirds
     oval(0.37, -0.27, 0.042, 0.042, (250, 250, 250))                                # eye
     oval(0.38, -0.27, 0.024, 0.024, (10, 10, 10))
-    oval(-0.11, -0.05, 0.23, 0.120, colour(bird["wing"], 0.75), 0.35)                   # wing, with a rim
-    oval(-0.11, -0.05, 0.21, 0.100, colour(bird["wing"]), 0.35)
+    oval(-0.12, -0.06, 0.25, 0.135, colour(bird["wing"], 0.75), 0.35)               # wing, with a rim
+    oval(-0.12, -0.06, 0.23, 0.115, colour(bird["wing"]), 0.35)
 
     # To 76 pixels, by averaging: that is where the smooth edges come from.
     seen = np.array(seen) / S
@@ -249,11 +245,8 @@ def build_toy():
     return pictures, set(labels[150:]), []          # pictures, names of the unseen classes, what was skipped
 
 
-# ----------------------------------------------------------------------------------------------
-# Reading what came from outside: folders, archives, pictures, captions
-# ----------------------------------------------------------------------------------------------
-
-MAX_FILE = 64 << 20          # bytes of one member; the largest picture of CUB has under 1 MB
+# ---- Reading what came from outside: folders, archives, pictures, captions -------------------
+MAX_FILE = 256 << 20         # bytes of one member; CUB's table of attributes has some 60 MB
 MAX_TOTAL = 8 << 30          # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000      # width x height of one picture
 MAX_CAPTIONS = 100           # of one picture; more are left out
@@ -327,8 +320,8 @@ def read_picture(data):
 def to_rgb(picture):
     """Any mode of Pillow's to RGB: 16-bit greys are scaled, transparency is laid on white."""
     if picture.mode.startswith(("I", "F")):
-        grey = np.asarray(picture).astype(np.float32)
-        return Image.fromarray((grey * (255 / max(grey.max(), 255))).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.nan_to_num(np.asarray(picture).astype(np.float32))
+        return Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -347,9 +340,10 @@ def read_captions(data):
     return [line for line in lines if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
 
 
-def read_all_pictures(path, keep=lambda name: True):
-    """{name: (pixels, size)} of the picture files in a folder or archive, and what was skipped."""
-    read, skipped, waiting = {}, [], []
+def read_all(path, wanted):
+    """Of a folder or archive: {name: (pixels, size)} of the pictures, {name: bytes} of the files whose names match
+    the pattern `wanted`, and a list of the pictures that could not be read."""
+    pictures, others, skipped, waiting = {}, {}, [], []
 
     def attempt(item):
         try:
@@ -362,23 +356,22 @@ def read_all_pictures(path, keep=lambda name: True):
             if isinstance(result, str):
                 skipped.append(f"{name}: {result}")
             else:
-                read[name] = result
+                pictures[name] = result
         waiting.clear()
 
     with ThreadPoolExecutor() as pool:      # Pillow decodes outside Python's lock
-        for name, data in members(path):
-            if re.search(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I) and keep(name):
-                waiting.append((name, data))
+        for name, content in members(path):
+            if re.search(r"(^|/)[^./][^/]*\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I):
+                waiting.append((name, content))
+            elif re.search(wanted, name):
+                others[name] = content
             if len(waiting) == 256:         # bounded, so that a gigabyte of pictures does not pile up
                 work_off()
         work_off()
-    return read, skipped
+    return pictures, others, skipped
 
 
-# ----------------------------------------------------------------------------------------------
-# cub and flowers
-# ----------------------------------------------------------------------------------------------
-
+# ---- cub and flowers -------------------------------------------------------------------------
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 SOURCES = {
     "cub": dict(
@@ -468,177 +461,144 @@ def download(url, path, md5=None, chunk=1 << 20):
 
 
 def build_archives(name, pictures_path, captions_path):
-    """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in:
-    pictures and captions are matched by file name, .../NAME.jpg with .../NAME.txt."""
-    captions, classes, splits = {}, {}, {}
-    for path, data in members(captions_path):
-        *_, folder, file = ("", *path.split("/"))
-        stem, ending = os.path.splitext(file)
-        if file.endswith("classes.txt"):
-            splits[file] = data.decode("utf-8", "replace").split()
-        elif ending == ".txt" and not file.startswith("."):
-            captions[stem], classes[stem] = read_captions(data), folder
+    """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in: pictures and captions are
+    matched by file name, .../NAME.jpg with .../NAME.txt."""
+    captions, classes, unseen = {}, {}, {int(n) for n in SOURCES[name]["unseen"].split()}
+    number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0]) or -1)         # 013.Bobolink, class_00013
+    for path, content in members(captions_path):
+        folder, _, file = path.rpartition("/")
+        if file == "testclasses.txt":
+            unseen = {number_of(label) for label in content.decode("utf-8", "replace").split()}
+        elif re.fullmatch(r"[^.].*\d\.txt", file):
+            captions[file[:-4]], classes[file[:-4]] = read_captions(content), folder.rpartition("/")[2]
 
-    tables = {}                     # CUB's text files, by name
-
-    def keep(path):
-        return not path.rsplit("/", 1)[-1].startswith(".")
-    pictures, skipped = read_all_pictures(pictures_path, keep)
-    if name == "cub":
-        wanted = ("images.txt", "bounding_boxes.txt", "part_locs.txt")
-        for path, data in members(pictures_path):
-            if path.rsplit("/", 1)[-1] in wanted:
-                tables[path.rsplit("/", 1)[-1]] = [line.split() for line in data.decode("utf-8", "replace").splitlines()]
-
-    # The source's own order: images.txt where there is one, else by file name.
-    by_stem = {os.path.splitext(path.rsplit("/", 1)[-1])[0]: path for path in pictures}
-    listed = [(os.path.splitext(path.rsplit("/", 1)[-1])[0], number) for number, path in tables.get("images.txt", [])]
-    order = listed or [(stem, stem) for stem in sorted(by_stem)]
-    boxes = {row[0]: row[1:5] for row in tables.get("bounding_boxes.txt", [])}
-    points = {}
-    for number, part, x, y, visible in tables.get("part_locs.txt", []):
-        if visible == "1" and int(part) in CUB_PARTS:
-            points.setdefault(number, {})[int(part)] = float(x), float(y)
+    stem = lambda path: os.path.splitext(path.rpartition("/")[2])[0]
+    pictures, texts, skipped = read_all(pictures_path, r"(^|/)(images|bounding_boxes|part_locs)\.txt$")
+    pictures = {stem(path): (path, *rest) for path, rest in pictures.items()}
+    tables = {stem(path): [line.split() for line in content.decode("utf-8", "replace").splitlines()] for path, content in texts.items()}
+    try:
+        boxes = {number: [float(v) for v in box] for number, *box in tables.get("bounding_boxes", [])}
+        points = {(number, part): (float(x), float(y)) for number, part, x, y, seen in tables.get("part_locs", []) if seen == "1"}
+        # The source's own order: that of images.txt where there is one, else by file name.
+        order = [(stem(path), number) for number, path in tables.get("images", [])] or [(s, s) for s in sorted(pictures)]
+    except ValueError as error:
+        raise UserError(f"{pictures_path}: a table is not as CUB's are ({error})") from None
 
     out = []
-    for row, (stem, number) in enumerate(order):
-        if stem not in by_stem or not captions.get(stem):
-            skipped.append(f"{stem}: no {'picture' if stem not in by_stem else 'caption'}")
+    for row, (name_of, number) in enumerate(order):
+        if name_of not in pictures or not captions.get(name_of):
+            skipped.append(f"{name_of}: no {'caption' if name_of in pictures else 'picture'}")
             continue
-        pixels, size = pictures[by_stem[stem]]
-        scale = IMAGE_SIZE / np.array(size, float)              # boxes and parts to 76x76 pixels
-        label = by_stem[stem].split("/")[-2] if name == "cub" else classes[stem]
-        p = Picture(pixels, captions[stem], label, row)
-        if number in boxes:
-            p.box = np.array(boxes[number], float) * np.tile(scale, 2)
-        if number in points:
-            p.keypoints = np.array([points[number].get(part, (np.nan, np.nan)) for part in CUB_PARTS]) * scale
+        path, pixels, size = pictures[name_of]
+        scale = IMAGE_SIZE / np.array(size, float)                                      # boxes and parts to 76x76 pixels
+        p = Picture(pixels, captions[name_of], path.split("/")[-2] if name == "cub" and "/" in path else classes[name_of], row)
+        if len(boxes.get(number, ())) == 4:
+            p.boxes = np.array(boxes[number]) * np.tile(scale, 2)
+        if tables.get("part_locs"):
+            p.keypoints = np.array([points.get((number, part), (np.nan, np.nan)) for part in CUB_PARTS]) * scale
         out.append(p)
-    number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0]) or -1)     # 013.Bobolink, class_00013
-    test_numbers = {int(n) for n in SOURCES[name]["unseen"].split()}
-    if "testclasses.txt" in splits:
-        test_numbers = {number_of(label) for label in splits["testclasses.txt"]}
-    return out, {p.label for p in out if number_of(p.label) in test_numbers}, skipped
+    return out, {p.label for p in out if number_of(p.label) in unseen}, skipped
 
 
-CUB_PARTS = [2, 3, 4, 5, 6, 14]     # CUB's numbers of KEYPOINTS
+CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
 
 
-# ----------------------------------------------------------------------------------------------
-# a folder of your own
-# ----------------------------------------------------------------------------------------------
+# ---- a folder of your own --------------------------------------------------------------------
 
 
 def build_folder(folder):
-    pictures, skipped = read_all_pictures(folder)
+    pictures, texts, skipped = read_all(folder, r"\.txt$")
     out = []
     for row, (name, (pixels, _)) in enumerate(pictures.items()):
-        text = (folder / name).with_suffix(".txt")
-        captions = read_captions(read_bounded(text)) if text.is_file() else []
-        if not captions:
-            skipped.append(f"{name}: {'no caption in' if text.is_file() else 'there is no'} {text.name}")
-            continue
-        # Sub-folders are classes; without them every picture is one.
-        label = name.rsplit("/", 1)[0] if "/" in name else name
-        out.append(Picture(pixels, captions, label, row))
+        text = os.path.splitext(name)[0] + ".txt"
+        captions = read_captions(texts.get(text, b""))
+        if captions:
+            # Sub-folders are classes; without them every picture is one.
+            out.append(Picture(pixels, captions, name.rpartition("/")[0] or name, row))
+        else:
+            skipped.append(f"{name}: {'no caption in' if text in texts else 'there is no'} {text}")
     labels = sorted({p.label for p in out})
     random.Random(0).shuffle(labels)
     return out, set(labels[:len(labels) // 4]), skipped         # a quarter of the classes is unseen, as in CUB
 
 
-# ----------------------------------------------------------------------------------------------
-# The cache
-# ----------------------------------------------------------------------------------------------
+# ---- The cache -------------------------------------------------------------------------------
 
 
 def stamp(paths):
-    """What a cache was made from: name, size and time of every file."""
+    """What a cache is made from: name, size and time of every file."""
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    return hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def load(name, source=None):
-    """The data set `name` (toy, cub, flowers or a folder), from its cache, which is built first where it
-    is missing or where what it was made from has changed. source: a folder with the archives of cub or
-    flowers. Raises UserError."""
+    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it
+    was made from, so that a change there means another cache. source: a folder with the archives of cub or flowers.
+    Raises UserError."""
+    paths, label = [], name
     if name == "toy":
-        folder, paths = CACHE / "toy", []
-        made_of = hashlib.sha256("".join(map(inspect.getsource, (
-            toy_species, toy_captions, toy_draw, toy_pictures))).encode() + repr(
-            (COLOURS, BACKGROUNDS, BILLS, TEMPLATES, PLAIN)).encode()).hexdigest()
+        made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures)]
+        made_of += [COLOURS, BACKGROUNDS, BILLS, TEMPLATES, PLAIN]
         build = build_toy
     elif name in SOURCES:
-        folder = CACHE / name
-        if source is None and (folder / "meta.json").exists():
-            paths = [Path(p) for p in read_meta(folder).get("paths", [])]
-            paths = paths if all(p.exists() for p in paths) else []
-        else:
-            paths = find_sources(name, Path(source)) if source else fetch_sources(name)
-        made_of = stamp(paths) if paths else None               # None: the source is gone, the cache stays good
-        build = lambda: build_archives(name, *paths)
+        old = sorted(CACHE.glob(f"{name}-*/meta.json"), key=os.path.getmtime)
+        if old and not source:                                  # what it was made from last time
+            paths = [Path(p) for p in json.loads(old[-1].read_text())["paths"]]
+            if not all(p.exists() for p in paths):
+                return read_cache(old[-1].parent, name)         # is gone: the cache stays good
+        paths = paths or (find_sources(name, Path(source)) if source else fetch_sources(name))
+        made_of, build = stamp(paths), lambda: build_archives(name, *paths)
     else:
-        path = Path(name)
-        if not path.is_dir():
+        if not Path(name).is_dir():
             raise UserError(f"unknown data set {name!r}: expected toy, cub, flowers or a folder of pictures")
-        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-        folder, paths, made_of = CACHE / f"{path.resolve().name}-{digest}", [path], stamp([path])
-        build = lambda: build_folder(path)
+        paths, label = [Path(name).resolve()], Path(name).resolve().name
+        made_of, build = stamp(paths), lambda: build_folder(paths[0])
+    digest = hashlib.sha256(repr((FORMAT, made_of)).encode()).hexdigest()[:16]
+    folder = CACHE / f"{label}-{digest}"
+    if not (folder / "meta.json").exists():
+        write_cache(folder, label, *build(), paths=[str(p.resolve()) for p in paths])
+    return read_cache(folder, name)
 
-    meta = read_meta(folder)
-    if meta.get("format") != FORMAT or made_of not in (None, meta.get("made_of")):
-        save(folder, *build(), made_of=made_of, paths=[str(p.resolve()) for p in paths], name=name)
-        meta = read_meta(folder)
-    arrays = {k: np.load(folder / f"{k}.npy", mmap_mode="r") for k in ("images", "labels", "unseen", "rows")}
-    for key in ("boxes", "keypoints"):
-        if (folder / f"{key}.npy").exists():
-            arrays[key] = np.load(folder / f"{key}.npy")
+
+def read_cache(folder, name):
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = {f.stem: np.load(f, mmap_mode="r") for f in folder.glob("*.npy")}
     return Dataset(name=name, captions=meta["captions"], class_names=meta["class_names"], skipped=meta["skipped"], **arrays)
 
 
-def read_meta(folder):
-    try:
-        return json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def save(folder, pictures, unseen, skipped, **about):
-    """Write a cache: into a folder of its own beside it, which then takes its name, so that a killed or a
-    second process never leaves half of one."""
+def write_cache(folder, label, pictures, unseen, skipped, paths):
+    """Into a folder of its own, which then takes its name: a killed or a second process never leaves half of one."""
     if not pictures:
-        why = f": {skipped[0]} (and {len(skipped) - 1} more)" if skipped else ""
-        raise UserError(f"{about['name']}: found no picture with a caption{why}")
+        raise UserError(f"{label}: found no picture with a caption" + (f": {skipped[0]} ({len(skipped)} in all)" if skipped else ""))
     class_names = sorted({p.label for p in pictures})
-    number = {label: i for i, label in enumerate(class_names)}
+    number = {name: i for i, name in enumerate(class_names)}
+    arrays = dict(images=np.stack([p.pixels for p in pictures]), labels=np.array([number[p.label] for p in pictures]),
+                  unseen=np.array([c in unseen for c in class_names]), rows=np.array([p.row for p in pictures]))
+    for key, shape in (("boxes", 4), ("keypoints", (6, 2))):
+        known = [getattr(p, key) for p in pictures]
+        if any(k is not None for k in known):
+            arrays[key] = np.stack([np.full(shape, np.nan) if k is None else k for k in known]).astype(np.float32)
     CACHE.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=CACHE, prefix=folder.name + "."))
+    new = Path(tempfile.mkdtemp(dir=CACHE, prefix=".new-"))
     try:
-        arrays = dict(images=np.stack([p.pixels for p in pictures]), labels=np.array([number[p.label] for p in pictures]),
-                      unseen=np.array([c in unseen for c in class_names]), rows=np.array([p.row for p in pictures]))
-        for key, attribute, shape in (("boxes", "box", 4), ("keypoints", "keypoints", (6, 2))):
-            if any(getattr(p, attribute) is not None for p in pictures):
-                arrays[key] = np.stack([np.full(shape, np.nan) if getattr(p, attribute) is None
-                                        else getattr(p, attribute) for p in pictures]).astype(np.float32)
         for key, array in arrays.items():
             np.save(new / f"{key}.npy", array)
-        meta = dict(about, format=FORMAT, class_names=class_names, skipped=skipped, captions=[p.captions for p in pictures])
-        (new / "meta.json").write_text(json.dumps(meta))
-        old = Path(tempfile.mkdtemp(dir=CACHE, prefix=folder.name + "."))
-        if folder.exists():
-            os.replace(folder, old / "old")
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():     # else another process was faster: its cache is as good
-                raise
-        shutil.rmtree(old, ignore_errors=True)
+        (new / "meta.json").write_text(json.dumps(dict(
+            paths=paths, class_names=class_names, skipped=skipped, captions=[p.captions for p in pictures])))
+        if folder.exists() and not (folder / "meta.json").exists():
+            shutil.rmtree(folder)                   # somebody has been at it
+        os.replace(new, folder)
+    except OSError:
+        if not (folder / "meta.json").exists():     # else another process was faster: its cache is as good
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+    for other in CACHE.glob(f"{label}-*"):          # of an earlier state of the same source
+        if other != folder and re.fullmatch(re.escape(label) + "-[0-9a-f]{16}", other.name):
+            shutil.rmtree(other, ignore_errors=True)
 
 
-# ----------------------------------------------------------------------------------------------
-# Looking at it
-# ----------------------------------------------------------------------------------------------
+# ---- Looking at it ---------------------------------------------------------------------------
 
 
 def sheet(rows, texts=None, titles=None, scale=1, width=230):
@@ -654,27 +614,12 @@ def sheet(rows, texts=None, titles=None, scale=1, width=230):
     for i, row in enumerate(rows):
         y = top + i * (h + 2)
         if texts:
-            draw.multiline_text((6, y + 4), fold(draw, texts[i], font, left - 12, max(1, (h - 6) // 17)), "black", font)
+            text = "".join(c if c.isprintable() else " " for c in texts[i][:500])
+            draw.multiline_text((6, y + 2), "\n".join(textwrap.wrap(text, 32, max_lines=max(1, h // 17), placeholder=" ...")), "black", font)
         for j, picture in enumerate(row):
             picture = Image.fromarray(np.ascontiguousarray(picture)).resize((w, h), Image.NEAREST)
             page.paste(picture, (left + j * (w + 2), y))
     return page
-
-
-def fold(draw, text, font, width, lines):
-    """Break a text into at most `lines` lines of `width` pixels. What the font cannot draw becomes a box."""
-    out = [""]
-    for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
-        while word:
-            trial = (out[-1] + " " + word).strip()
-            if draw.textlength(trial, font) <= width:
-                out[-1], word = trial, ""
-            elif out[-1]:
-                out.append("")
-            else:                                   # one word wider than the column: cut it
-                n = max(1, int(len(word) * width / draw.textlength(word, font)))
-                out[-1], word = word[:n], word[n:]
-    return "\n".join(out[:lines - 1] + [out[lines - 1] + " ..."] if len(out) > lines else out)
 
 
 def save_picture(picture, path):

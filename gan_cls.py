@@ -24,9 +24,7 @@ TEXT_DIM = 1024      # numbers in phi(t)
 TEXT_SMALL = 128     # what G and D each compress them to, section 4.1
 Z_DIM = 100          # numbers in z
 
-# ----------------------------------------------------------------------------------------------
-# 4.1  Network architecture
-# ----------------------------------------------------------------------------------------------
+# ---- 4.1  Network architecture ---------------------------------------------------------------
 
 
 def conv(c_in, c_out, kernel, stride=1, padding=0):
@@ -135,9 +133,7 @@ class Discriminator(nn.Module):
         return self.score(self.features(x), h)
 
 
-# ----------------------------------------------------------------------------------------------
-# 4 and 4.2  The game, and the matching-aware discriminator (GAN-CLS)
-# ----------------------------------------------------------------------------------------------
+# ---- 4 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) ---------------------
 # D returns logits l with s = sigmoid(l). The logarithms are then softplus, which never overflows:
 #     log s = -softplus(-l)        log(1 - s) = -softplus(l)
 # and the scores are turned to 32 bits first, since a mean in 16 bits would lose the small ones.
@@ -171,9 +167,7 @@ def generator_loss(s_fake):
     return -log_s(s_fake).mean()
 
 
-# ----------------------------------------------------------------------------------------------
-# 4.3  Learning with manifold interpolation (GAN-INT)
-# ----------------------------------------------------------------------------------------------
+# ---- 4.3  Learning with manifold interpolation (GAN-INT) -------------------------------------
 
 
 def interpolate(h1, h2, beta=0.5):
@@ -182,9 +176,7 @@ def interpolate(h1, h2, beta=0.5):
     return beta * h1 + (1 - beta) * h2
 
 
-# ----------------------------------------------------------------------------------------------
-# Algorithm 1: one training step
-# ----------------------------------------------------------------------------------------------
+# ---- Algorithm 1: one training step ----------------------------------------------------------
 
 
 def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
@@ -243,9 +235,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
             for k, v in out.items() if v is not None}
 
 
-# ----------------------------------------------------------------------------------------------
-# 4.4  Inverting the generator for style transfer
-# ----------------------------------------------------------------------------------------------
+# ---- 4.4  Inverting the generator for style transfer -----------------------------------------
 
 
 class StyleEncoder(nn.Module):
@@ -266,9 +256,7 @@ def style_loss(z, z_hat):
     return (z.float() - z_hat.float()).square().sum(1).mean()
 
 
-# ----------------------------------------------------------------------------------------------
-# Not in the paper: what makes a few thousand steps enough
-# ----------------------------------------------------------------------------------------------
+# ---- Not in the paper: what makes a few thousand steps enough --------------------------------
 
 
 def augment(x, shift=8):
@@ -279,9 +267,9 @@ def augment(x, shift=8):
     gradients through it."""
     B, _, H, W = x.shape
     r = torch.rand(4, B, 1, 1, device=x.device, dtype=torch.float32)
-    x = x + (r[0, :, None] - 0.5)                       # brightness: -0.5 .. 0.5
+    x = x + 0.4 * (r[0, :, None] - 0.5)                 # brightness: -0.2 .. 0.2; more, and white could be grey
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (r[1, :, None] + 0.5) + mean       # contrast: 0.5 .. 1.5
+    x = (x - mean) * (0.8 + 0.4 * r[1, :, None]) + mean     # contrast: 0.8 .. 1.2
     dy, dx = ((2 * shift + 1) * r[2:]).long() - shift   # (B, 1, 1) each
     rows = (torch.arange(H, device=x.device).view(1, H, 1) + dy).clamp(0, H - 1)
     cols = (torch.arange(W, device=x.device).view(1, 1, W) + dx).clamp(0, W - 1)
@@ -300,9 +288,7 @@ def mode_seeking_loss(z1, z2, x1, x2):
     return (far_z / (far_x + 0.05)).mean()
 
 
-# ----------------------------------------------------------------------------------------------
-# The machine: where to compute, and in how many bits
-# ----------------------------------------------------------------------------------------------
+# ---- The machine: where to compute, and in how many bits -------------------------------------
 
 
 def pick_device(name="auto"):

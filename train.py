@@ -35,21 +35,19 @@ VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, 
 
 RECIPES = {
     # [A] section 5, nothing else: the default for photographs.
-    "paper": dict(lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0),
+    "paper": dict(lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, decay=False),
     # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of
     # what it gained there: the text of a picture is the mean of several of its captions (the authors' code: 4);
     # G learns faster than D; D sees augmented pictures; G is rewarded for heeding z; samples come from an average
     # of G's weights over the last steps.
-    "quick": dict(lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.1, average=0.998),
+    "quick": dict(lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.1, average=0.998, decay=True),
 }
 
 TOY_STEPS = 4000                                # some 11 minutes on two cores
 STYLE_STEPS = 600                               # of the style encoder
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
-# ----------------------------------------------------------------------------------------------
-# Batches
-# ----------------------------------------------------------------------------------------------
+# ---- Batches ---------------------------------------------------------------------------------
 
 
 class Batches:
@@ -59,8 +57,7 @@ class Batches:
 
     def __init__(self, ds, phi, device, captions):
         self.images, self.captions = picture_tensor(ds, device), captions
-        counts = torch.tensor([len(c) for c in ds.captions])
-        self.starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(device)
+        self.starts = encoder.caption_starts(ds).to(device)
         self.table = embed(phi, [t for c in ds.captions for t in c]).half()      # (captions of all pictures, 1024)
         # Training pictures sorted by class, so that "any picture of another class" is a range of places.
         order = ds.split(False)
@@ -85,7 +82,7 @@ class Batches:
         """places (B,) in the order by class -> x, h, h_wrong."""
         # Another class: a place among those before and behind the class's own.
         n = len(self) - self.size[places]
-        other = (torch.rand(len(places), device=places.device) * n).long()
+        other = (torch.rand(len(places), device=places.device, dtype=torch.float64) * n).long()
         other = other + self.size[places] * (other >= self.first[places])
         pictures = self.order[places]
         return random_crops(self.images, pictures), self.texts(pictures), self.texts(self.order[other])
@@ -102,18 +99,13 @@ def get_encoder(ds, path, device, log=print, **options):
     return trained
 
 
-# ----------------------------------------------------------------------------------------------
-# Pictures of the progress
-# ----------------------------------------------------------------------------------------------
+# ---- Pictures of the progress ----------------------------------------------------------------
 
 
 @torch.no_grad()
 def draw_samples(G, z, h):
-    """G in its sampling state: z (n, 100), h (T, 1024) -> T lists of n pictures, the same noises for all texts."""
-    G.eval()
-    out = [list(to_pixels(G(z, t.expand(len(z), -1)).float())) for t in h]
-    G.train()
-    return out
+    """z (n, 100), h (T, 1024) -> T rows of n pictures, the same noises for all texts."""
+    return [to_pixels(G(z, t.expand(len(z), -1))) for t in h]
 
 
 COLOURS = ("black", "red", "green", "orange", "blue")
@@ -143,9 +135,7 @@ def draw_history(history, path):
     plot([lines("loss_D", "loss_G"), lines("D(real)", "D(wrong)", "D(fake)")], path)
 
 
-# ----------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------
 
 
 class Trainer:
@@ -159,11 +149,13 @@ class Trainer:
         self.G = Generator(settings["ngf"]).to(**layout)
         self.D = Discriminator(settings["ndf"]).to(**layout)
         self.average = copy.deepcopy(self.G).eval()
-        adam = dict(betas=(0.5, 0.999), fused=True)                         # [A] section 5: beta1 = 0.5
-        self.opt_G = torch.optim.Adam(self.G.parameters(), self.recipe["lr_G"], **adam)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), self.recipe["lr_D"], **adam)
+        # [A] section 5: beta1 = 0.5. The rates are tensors, so that a recorded step reads them anew.
+        adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
+        self.opt_G = torch.optim.Adam(self.G.parameters(), torch.tensor(self.recipe["lr_G"], device=device), **adam)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), torch.tensor(self.recipe["lr_D"], device=device), **adam)
         self.amp, self.scaler, self.precision = pick_autocast(device, settings["precision"])
         self.step, self.history, self.S = 0, [], None
+        self.graph, self.until_capture = None, None
 
     def parts(self):
         return {k: getattr(self, k) for k in ("G", "D", "average", "opt_G", "opt_D", "scaler")}
@@ -177,6 +169,9 @@ class Trainer:
     def restore(self, checkpoint):
         for k, v in self.parts().items():
             v.load_state_dict(checkpoint[k])
+        for optimiser in (self.opt_G, self.opt_D):          # the run may have been on another device
+            group = optimiser.param_groups[0]
+            group.update(lr=group["lr"].to(self.device), capturable=self.device.type == "cuda")
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         if checkpoint["S"]:
             self.S = StyleEncoder().to(self.device, memory_format=torch.channels_last).eval()
@@ -192,16 +187,57 @@ class Trainer:
             ours, theirs = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (self.average, self.G))
             torch._foreach_lerp_(ours, theirs, 1 - d)
 
-    def train_step(self, batches, places):
+    def algorithm1(self, batches, places):
         """One step of Algorithm 1 on the pictures at these places -> its losses, still on the device."""
         x, h, h_wrong = batches.batch(places)
         cls, int_ = VARIANTS[self.settings["variant"]]
-        out = gan_cls_step(
+        return gan_cls_step(
             self.G, self.D, self.opt_G, self.opt_D, x, h, h_wrong, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
             augment=augment if self.recipe["augment"] else lambda x: x, mode_seeking=self.recipe["mode_seeking"])
+
+    def train_step(self, batches, places):
+        """The step and what follows it: G's average."""
+        if self.graph:
+            self.graph_places.copy_(places)
+            self.graph.replay()
+            out = self.graph_out
+        else:
+            out = self.algorithm1(batches, places)
         self.step += 1
         self.update_average()
+        if self.until_capture:
+            self.until_capture -= 1
+            if not self.until_capture:
+                self.capture(batches, places)
         return out
+
+    def compile(self, log=print):
+        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them
+        (torch.compile), then, after three steps, record the whole step once and replay it from then on (a CUDA graph).
+        fp16 is not recorded, since its scaler decides on the CPU."""
+        log("compiling the step: a minute or two (--no-compile skips it)")
+        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
+        for part in (self.G, self.D.features, self.D.text, self.D.joint):
+            part.compile(dynamic=False)
+        self.until_capture = None if self.precision == "fp16" else 3
+
+    def capture(self, batches, places, log=print):
+        self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.graph_out = self.algorithm1(batches, self.graph_places)
+            self.graph = graph
+        except RuntimeError as error:
+            log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
+
+    def set_rates(self, epoch):
+        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a straight
+        line, over the last half of the steps."""
+        factor = 0.5 ** (epoch // 100)
+        if self.recipe["decay"]:
+            factor = min(1.0, max(0.1, 2 - 2 * self.step / self.settings["steps"]))
+        self.opt_G.param_groups[0]["lr"].fill_(self.recipe["lr_G"] * factor)
+        self.opt_D.param_groups[0]["lr"].fill_(self.recipe["lr_D"] * factor)
 
 
 def train(run, batches, out_dir, show, log=print):
@@ -217,9 +253,7 @@ def train(run, batches, out_dir, show, log=print):
             if i == 0 or run.step == began:
                 # The order of an epoch depends on seed and epoch alone: a resumed run finds the same one.
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * s["seed"] + epoch)).to(run.device)
-                for optimiser, key in ((run.opt_G, "lr_G"), (run.opt_D, "lr_D")):
-                    for group in optimiser.param_groups:
-                        group["lr"] = run.recipe[key] * 0.5 ** (epoch // 100)       # [A]: halved every 100 epochs
+                run.set_rates(epoch)
             now = run.train_step(batches, order[i * B:(i + 1) * B])
 
             last = run.step == s["steps"] or bool(stop)
@@ -254,7 +288,12 @@ def check_health(now, history, step):
 
 def train_style_encoder(run, batches, steps, log=print):
     """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z."""
-    torch.manual_seed(run.settings["seed"])
+    with torch.random.fork_rng(range(torch.cuda.device_count())):   # a run that goes on later must not notice
+        torch.manual_seed(run.settings["seed"])
+        return fit_style_encoder(run, batches, steps, log)
+
+
+def fit_style_encoder(run, batches, steps, log):
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
     B, start = run.settings["batch_size"], time.time()
@@ -277,9 +316,7 @@ def train_style_encoder(run, batches, steps, log=print):
     return S.eval()
 
 
-# ----------------------------------------------------------------------------------------------
-# Measuring: the four models side by side ([A] sections 5.1 and 5.2)
-# ----------------------------------------------------------------------------------------------
+# ---- Measuring: the four models side by side ([A] sections 5.1 and 5.2) ----------------------
 
 
 @torch.no_grad()
@@ -294,29 +331,57 @@ def measure(ds, batches, G, S, scorer, groups, device):
     """Numbers of one trained model on the unseen classes -> dict. scorer: an encoder's checkpoint that had no part in
     the training of G; groups: {name: pairs} of style verification."""
     phi, v = encoder.build(scorer, device)
-    index = torch.from_numpy(ds.split(True))
-    labels, classes = torch.from_numpy(ds.labels[index]), torch.from_numpy(np.flatnonzero(ds.unseen))
+    index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
     real, fake = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device)))
-    owners = torch.from_numpy(np.repeat(ds.labels[index], [len(ds.captions[i]) for i in index]))
-    means = encoder.class_means(embed(phi, [t for i in index for t in ds.captions[i]]).cpu(), owners, classes)
     out = {}
     for name, x in (("real", real), ("fake", fake)):
-        ranks = classes[encoder.classify(encoder.embed_pictures(v, x).cpu(), means)]
-        out[f"top-1 {name}"] = (ranks[:, 0] == labels).float().mean().item()
-        out[f"top-5 {name}"] = (ranks[:, :5] == labels[:, None]).any(1).float().mean().item()
+        for k in (1, 5):
+            out[f"top-{k} {name}"] = encoder.top(k, encoder.embed_pictures(v, x).cpu(), labels, classes, means)
     # Spread: standard deviation of a pixel over 16 noises of one text, against that over the pictures of one class.
     firsts = torch.stack([index[labels == c][0] for c in classes]).to(device)
     drawn = paint(G, batches.texts(firsts).repeat_interleave(16, 0), seed=1).unflatten(0, (-1, 16))
     out["spread"] = (drawn.std(1).mean() / torch.stack([real[(labels == c).to(device)].std(0).mean() for c in classes]).mean()).item()
     # Features of the Frechet distance: the scorer's last map of 4x4x256, averaged over its places.
-    tower = lambda x: torch.cat([v.net[0](x[i:i + 256]).mean((2, 3)) for i in range(0, len(x), 256)]).cpu()
-    out["Frechet"] = encoder.frechet_distance(tower(fake), tower(real))
+    tower = lambda x: torch.cat([v.net[0](part) for part in x.split(256)]).cpu()            # (N, 256, 4, 4)
+    out["Frechet"] = encoder.frechet_distance(tower(fake).mean((2, 3)), tower(real).mean((2, 3)))
+    if ds.keypoints is not None:
+        out.update(measure_transfer(ds, batches, G, S, index, tower, device))
     for name, pairs in groups.items():
         out[f"AUC {name}"] = encoder.verify_style(S(real).cpu(), pairs)
         out[f"AUC {name}, captions"] = encoder.verify_style(batches.texts(index.to(device)).cpu(), pairs)
     return out
 
+
+
+def measure_transfer(ds, batches, G, S, index, tower, device):
+    """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the
+    bird (of 8 groups; chance about 1 in 8) and the direction (a linear probe on features; chance 1 in 2) stay the query's?"""
+    facing = torch.from_numpy(np.sign(ds.keypoints[:, 0, 0] - ds.keypoints[:, 5, 0]))       # beak against tail; nan: not seen
+    known = lambda i: i[facing[i].isfinite()]
+    train, query = known(torch.from_numpy(ds.split(False)))[::2], known(index)
+    pictures = lambda i: centre_crops(batches.images, i.to(device))
+    columns = lambda x: tower(x).mean(2).flatten(1)                                         # (N, 256 * 4): left and right kept apart
+    probe = torch.linalg.lstsq(columns(pictures(train)), facing[train, None].float(), driver="gelsd").solution
+    x = pictures(query)
+    y = torch.cat([G(S(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
+    above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]
+    group = encoder.kmeans(torch.cat(above), 8).view(2, -1)
+    return {"style: background": (group[0] == group[1]).float().mean().item(),
+            "style: direction": ((columns(y) @ probe).sign()[:, 0] == facing[query]).float().mean().item(),
+            "  probe on real ones": ((columns(x) @ probe).sign()[:, 0] == facing[query]).float().mean().item()}
+
+
+def export(args, path):
+    """What sampling needs of a run, in half precision, to weights/NAME.pt."""
+    run = load_checkpoint(path, "gan-cls")
+    if not run["S"]:
+        raise UserError(f"{path} is not finished: let it go on with --resume")
+    half = lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    phi = dict(kind="encoder", settings=run["encoder"]["settings"], phi=half(run["encoder"]["phi"]))
+    out = Path("weights") / f"{args.export}.pt"
+    save_checkpoint(out, kind="gan-cls", settings=run["settings"], step=run["step"], average=half(run["average"]), S=half(run["S"]), encoder=phi)
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def compare(args):
@@ -361,6 +426,90 @@ def compare(args):
     print(f"measured in {(time.time() - started) / 60:.1f} minutes, training included; pictures in {out}")
 
 
+
+# ---- How fast it is --------------------------------------------------------------------------
+
+
+def plain_step(run, x, h, h_wrong):
+    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three
+    of G, weight gradients of D in G's step too. The same losses."""
+    G, D, B = run.G, run.D, len(x)
+    log_yes, log_no = (lambda s: F.logsigmoid(s).mean()), (lambda s: F.logsigmoid(-s).mean())
+    noise = lambda n: torch.randn(n, Z_DIM, device=x.device)
+    loss_D = -(log_yes(D(x, h)) + (log_no(D(x, h_wrong)) + log_no(D(G(noise(B), h).detach(), h))) / 2)
+    run.opt_D.zero_grad()
+    loss_D.backward()
+    run.opt_D.step()
+    blends = (h[:B // 2] + h[B // 2:]) / 2
+    loss_G = -log_yes(D(G(noise(B), h), h)) - log_yes(D(G(noise(B // 2), blends), blends))
+    run.opt_G.zero_grad()
+    loss_G.backward()
+    run.opt_G.step()
+
+
+def benchmark(device, args):
+    """Time the step on random data. Prints; writes nothing."""
+    wide = device.type == "cuda"
+    settings = dict(variant=args.variant, recipe=args.recipe or "paper", batch_size=args.batch_size, seed=args.seed, precision=args.precision,
+                    ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
+    B, n = args.batch_size, max(2048, 2 * args.batch_size)
+    ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
+                      [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
+    batches = Batches(ds, encoder.CharCNNRNN(8).to(device), device, RECIPES[settings["recipe"]]["captions"])
+    places = lambda: torch.randint(n, (B,), device=device)
+    done = torch.cuda.synchronize if wide else (lambda: None)
+
+    def milliseconds(step, repeats=25, warm=6):
+        times = []
+        for i in range(warm + repeats):
+            start = time.perf_counter()
+            step()
+            done()
+            times.append(time.perf_counter() - start)
+        return 1000 * float(np.median(times[warm:]))
+
+    run = Trainer(dict(settings, precision="fp32"), device, None)
+    fixed = batches.batch(places())
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *fixed)
+    flops = counter.get_total_flops()
+    as_usual = Trainer(dict(settings, precision="fp32"), device, None)
+    as_usual.G.to(memory_format=torch.contiguous_format), as_usual.D.to(memory_format=torch.contiguous_format)
+    plain = milliseconds(lambda: plain_step(as_usual, *(t.contiguous() for t in fixed)), 9, 3)
+    run, whole_start = Trainer(settings, device, None), time.perf_counter()
+    if wide and not args.no_compile:
+        run.compile()
+        for _ in range(4):
+            run.train_step(batches, places())
+        done()
+    preparation = time.perf_counter() - whole_start
+    batches_batch, batches.batch = batches.batch, lambda places: fixed          # the bare step: the same batch again
+    bare = milliseconds(lambda: run.algorithm1(batches, None)) if not run.graph else float("nan")
+    batches.batch = batches_batch
+    loop = milliseconds(lambda: run.train_step(batches, places()))
+    size = 8192 if wide else 2048
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
+    a = torch.randn(size, size, device=device).to(dtype)
+    peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
+    rate = flops / loop / 1e9
+    if wide:
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    schedule = 600 * (8855 // 64)
+    print(f"{torch.cuda.get_device_name(device) if wide else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, "
+          f"ndf {settings['ndf']}, batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
+    rows = [("plain fp32 step", f"{plain:.1f} ms"), ("bare step", f"{bare:.1f} ms"), ("whole loop, data included", f"{loop:.1f} ms"),
+            ("faster than plain", f"{plain / loop:.2f} x"), ("pictures a second", f"{1000 * B / loop:,.0f}"),
+            ("operations a step", f"{flops / 1e9:.1f} GFLOP"), ("rate", f"{rate:.3f} TFLOP/s"),
+            (f"of a {size}^3 matrix product", f"{100 * rate / peak:.1f} % of {peak:.2f} TFLOP/s"), ("peak memory", f"{memory / 1e6:,.0f} MB"),
+            ("preparation", f"{preparation:.1f} s"), ("the paper's CUB schedule", f"{schedule:,} steps, {schedule * loop / 3.6e6:.2f} hours")]
+    for name, value in rows:
+        print(f"  {name:30} {value}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -383,6 +532,8 @@ def main():
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
+    add("--export", metavar="NAME", help="write what sampling needs of the run to weights/NAME.pt")
+    add("--no-compile", action="store_true", help="on CUDA: do not compile and record the step")
     add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
     args = parser.parse_args()
 
@@ -390,6 +541,8 @@ def main():
         return benchmark(pick_device(args.device), args)
     if args.compare:
         return compare(args)
+    if args.export:
+        return export(args, (args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-{args.variant}") / "checkpoint.pt")
     run_one(args, args.variant, args.seed, args.out, args.resume)
 
 
@@ -410,13 +563,15 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
         settings["steps"] = args.steps or settings["steps"]
     else:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
-        trained = get_encoder(ds, Path("runs") / f"{name}-encoder.pt", device, image_encoder=args.image_encoder,
-                              image_features=args.image_features)
+        trained = get_encoder(ds, Path("runs") / f"{name}-encoder.pt", device, image_features=args.image_features,
+                              image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
     run = Trainer(settings, device, trained)
     batches = Batches(ds, phi, device, run.recipe["captions"])
     if checkpoint:
         run.restore(checkpoint)
+    if device.type == "cuda" and not args.no_compile:
+        run.compile()
     print(f"{dataset}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
 
