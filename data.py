@@ -12,24 +12,8 @@ classes that are never trained on. It is built once, into the folder `cache/`, a
     python data.py --dataset cub --from ~/Downloads      # files brought by hand
 """
 
-import argparse
-import hashlib
-import inspect
-import io
-import json
-import os
-import random
-import re
-import shutil
-import sys
-import tarfile
-import tempfile
-import textwrap
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
-import zlib
+import argparse, hashlib, inspect, io, json, os, random, re, shutil, sys, tarfile, tempfile, textwrap, urllib.error
+import urllib.request, warnings, zipfile, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,26 +27,19 @@ CACHE = Path("cache")
 FORMAT = 1           # raise it when what a cache holds changes: older ones are then rebuilt
 
 # ---- Two things that every file here uses: one kind of error, one way to write ---------------
-
-
 class UserError(Exception):
     """What the user can mend: `run` prints it in one line and exits with code 2."""
-
 
 def run(main):
     """Run a script's main function. UserError and Ctrl-C give a line, not a traceback."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:       # OSError: a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:            # a full disk, a folder that may not be written
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
 
 def write_atomically(path, write):
     """`write(file)` into `path`, whole or not at all: first beside it, then renamed over it."""
@@ -80,16 +57,13 @@ def write_atomically(path, write):
         Path(temporary).unlink(missing_ok=True)
         raise
 
-
 @dataclass
 class Dataset:
-    """One form for all sources.
-
-    images (N, 76, 76, 3) uint8, memory-mapped; captions: N lists of strings, none empty;
-    labels (N,) class of each picture; class_names (C); unseen (C,) bool, the zero-shot classes.
-    boxes (N, 4) x, y, w, h and keypoints (N, 6, 2) x, y of KEYPOINTS, both in pixels of the 76x76
-    picture, NaN where not known; None if the source has none. rows (N,): each picture's place in the
-    source's own order (a file of features has one row for each). skipped: what was left out, and why."""
+    """One form for all sources. images (N, 76, 76, 3) uint8, memory-mapped; captions: N lists of strings, none empty; labels
+    (N,) class of each picture; class_names (C); unseen (C,) bool, the zero-shot classes. boxes (N, 4) x, y, w, h and keypoints
+    (N, 6, 2) x, y of KEYPOINTS, both in pixels of the 76x76 picture, NaN where not known; None if the source has none. rows
+    (N,): each picture's place in the source's own order (a file of features has one row for each). skipped: what was left out,
+    and why."""
     name: str
     images: np.ndarray
     captions: list
@@ -105,7 +79,6 @@ class Dataset:
         """Indices of the pictures of the training classes (False) or of the unseen ones (True)."""
         return np.flatnonzero(self.unseen[self.labels] == unseen)
 
-
 @dataclass
 class Picture:
     """What a source gives of one picture, before the cache."""
@@ -116,15 +89,12 @@ class Picture:
     boxes: np.ndarray = None
     keypoints: np.ndarray = None
 
-
 # ---- toy: birds drawn here -------------------------------------------------------------------
 COLOURS = {  # what a caption can say of a part
-    "black": (35, 35, 40), "white": (245, 245, 240), "grey": (140, 145, 150), "brown": (130, 85, 45),
-    "red": (215, 40, 40), "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70),
-    "blue": (45, 95, 215), "purple": (130, 60, 170)}
+    "black": (35, 35, 40), "white": (245, 245, 240), "grey": (140, 145, 150), "brown": (130, 85, 45), "red": (215, 40, 40),
+    "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70), "blue": (45, 95, 215), "purple": (130, 60, 170)}
 BACKGROUNDS = [  # style: no caption speaks of it
-    (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232),
-    (112, 128, 146), (78, 112, 88), (248, 236, 226)]
+    (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232), (112, 128, 146), (78, 112, 88), (248, 236, 226)]
 BILLS = {"short": 0.11, "long": 0.20}
 TEMPLATES = [  # each in the manner of a CUB caption; a species fills in its own colours
     "this bird has wings that are {wing} and has a {crown} crown",
@@ -147,28 +117,22 @@ PLAIN = [  # for a species of one colour
     "a small all {body} bird with {wing} wings and a {bill} {billcolour} bill"]
 KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]     # the six of [A] section 5.2
 
-
 def toy_species(rng, count):
     """`count` different species: a dict of colours and bill each. Two share no four colours."""
-    names, species = list(COLOURS), {}
-    for c in names:                                    # one species of each single colour
-        species[c, c, c, c] = None
-    while len(species) < count:
+    names = list(COLOURS)
+    species = dict.fromkeys((c, c, c, c) for c in names)    # one of each single colour
+    while len(species) < count:                             # in the others most parts look like the body, as in birds
         body = rng.choice(names)
-        # Half of the parts look like the body: birds do, and captions stay short.
-        parts = [body if rng.random() < 0.4 else rng.choice(names) for _ in range(3)]
-        species[(body, *parts)] = None
+        species[(body, *(body if rng.random() < 0.6 else rng.choice(names) for _ in range(3)))] = None
     keys = list(species)
     rng.shuffle(keys)                                  # so that some plain ones are unseen
     return [dict(zip(("body", "wing", "crown", "belly"), k), bill=rng.choice(list(BILLS)),
                  billcolour=rng.choice(["black", "orange", "grey", "yellow"])) for k in keys]
 
-
 def toy_captions(rng, bird):
     plain = len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
     templates = PLAIN * 2 if plain else TEMPLATES
     return [t.format(**bird).replace("a orange", "an orange") for t in rng.sample(templates, 10)]
-
 
 def toy_draw(rng, bird):
     """One picture: (76, 76, 3) uint8, its box (x, y, w, h) and its six keypoints (6, 2), in pixels."""
@@ -199,13 +163,10 @@ def toy_draw(rng, bird):
         u, v, c, s = rx * np.cos(a), ry * np.sin(a), np.cos(angle), np.sin(angle)
         shape(list(zip(x + c * u - s * v, y + s * u + c * v)), fill)
 
-    tint = rng.randint(-8, 8)
-    branch = 0.40
-    tilt = rng.uniform(-0.05, 0.05)
-    shape([(-3, branch - 3 * tilt), (3, branch + 3 * tilt), (3, branch + 3 * tilt + 0.07),
-           (-3, branch - 3 * tilt + 0.07)], (112, 80, 56), part_of_bird=False)
+    tint, tilt = rng.randint(-8, 8), 3 * rng.uniform(-0.05, 0.05)
+    shape([(-3, 0.40 - tilt), (3, 0.40 + tilt), (3, 0.47 + tilt), (-3, 0.47 - tilt)], (112, 80, 56), part_of_bird=False)    # branch
     for x in (-0.02, 0.10):                            # legs
-        draw.line([at(x, 0.15), at(x + 0.02, branch + 0.02)], fill=(90, 70, 50), width=S + 1)
+        draw.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=S + 1)
     shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["wing"], 0.82))   # tail
     oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
     oval(0.20, -0.14, 0.16, 0.17, colour(bird["body"]))                             # neck
@@ -226,7 +187,6 @@ def toy_draw(rng, bird):
     return (np.asarray(picture.reduce(S)), np.concatenate([low, high - low]),
             np.array([at(x, y) for x, y in spots]) / S)
 
-
 def toy_pictures(number, bird, label):
     """The 40 pictures of one species. It has a random state of its own, so that processes can share the work."""
     rng = random.Random(number)
@@ -236,7 +196,6 @@ def toy_pictures(number, bird, label):
         out.append(Picture(pixels, toy_captions(rng, bird), label, 40 * number + i, box, keypoints))
     return out
 
-
 def build_toy():
     birds = toy_species(random.Random(0), 200)
     labels = ["{:03d}.{body}-{wing}-{crown}-{belly}".format(i, **bird) for i, bird in enumerate(birds)]
@@ -244,19 +203,15 @@ def build_toy():
         pictures = [p for species in pool.map(toy_pictures, range(200), birds, labels, chunksize=25) for p in species]
     return pictures, set(labels[150:]), []          # pictures, names of the unseen classes, what was skipped
 
-
 # ---- Reading what came from outside: folders, archives, pictures, captions -------------------
 MAX_FILE = 256 << 20         # bytes of one member; CUB's table of attributes has some 60 MB
 MAX_TOTAL = 8 << 30          # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000      # width x height of one picture
 MAX_CAPTIONS = 100           # of one picture; more are left out
 
-
 def members(path):
-    """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk.
-
-    A member that points outside the archive, a link or a device is refused: no honest archive of
-    pictures holds one."""
+    """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk. A member that points
+    outside the archive, a link or a device is refused: no honest archive of pictures holds one."""
     path, total = Path(path), 0
     try:
         if path.is_dir():
@@ -280,12 +235,10 @@ def members(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
-
 def read_bounded(file):
     if file.stat().st_size > MAX_FILE:
         raise UserError(f"{file} is larger than {MAX_FILE >> 20} MB: not a picture or a caption file")
     return file.read_bytes()
-
 
 def check_member(archive, name, size, total, plain):
     """The bytes so far, after one more member. Raises UserError where the member is not acceptable."""
@@ -295,11 +248,9 @@ def check_member(archive, name, size, total, plain):
         raise UserError(f"{archive} is refused: its member {name!r} is too large ({size:,} bytes, after {total:,})")
     return total + size
 
-
 def read_picture(data):
-    """Bytes of a picture file -> ((76, 76, 3) uint8, (width, height) before). Raises ValueError.
-
-    Like the authors, scales to 76x76 without keeping the proportions."""
+    """Bytes of a picture file -> ((76, 76, 3) uint8, (width, height) before). Raises ValueError. Like the authors, scales to
+    76x76 without keeping the proportions."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow's own warning of large pictures
@@ -309,13 +260,8 @@ def read_picture(data):
                 raise ValueError(f"{size[0]}x{size[1]} pixels, too many")
             picture.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # a large JPEG: decode at a half, a quarter ...
             return np.asarray(to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)), size
-    except Image.DecompressionBombError:
-        raise ValueError("too many pixels") from None
-    except ValueError:
-        raise
     except Exception as error:          # Pillow's decoders raise whatever they please on broken files
-        raise ValueError(f"not a whole picture ({type(error).__name__})") from None
-
+        raise ValueError(f"not a whole picture ({type(error).__name__}: {error})") from None
 
 def to_rgb(picture):
     """Any mode of Pillow's to RGB: 16-bit greys are scaled, transparency is laid on white."""
@@ -328,10 +274,9 @@ def to_rgb(picture):
         return Image.alpha_composite(white, picture).convert("RGB")
     return picture.convert("RGB")
 
-
 def read_captions(data):
-    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the
-    real sets hold a few such as "{}") are left out."""
+    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the real sets hold a few such
+    as "{}") are left out."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -339,24 +284,20 @@ def read_captions(data):
     lines = (" ".join(line.split()) for line in text.splitlines())
     return [line for line in lines if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
 
-
 def read_all(path, wanted):
-    """Of a folder or archive: {name: (pixels, size)} of the pictures, {name: bytes} of the files whose names match
-    the pattern `wanted`, and a list of the pictures that could not be read."""
+    """Of a folder or archive: {name: (pixels, size)} of the pictures, {name: bytes} of the files whose names match the pattern
+    `wanted`, and a list of the pictures that could not be read."""
     pictures, others, skipped, waiting = {}, {}, [], []
 
     def attempt(item):
         try:
-            return item[0], read_picture(item[1])
+            pictures[item[0]] = read_picture(item[1])
         except ValueError as error:
-            return item[0], str(error)
+            skipped.append(f"{item[0]}: {error}")
 
     def work_off():
-        for name, result in pool.map(attempt, waiting):
-            if isinstance(result, str):
-                skipped.append(f"{name}: {result}")
-            else:
-                pictures[name] = result
+        pictures.update(dict.fromkeys(name for name, _ in waiting))     # in the order of the source, whoever is first
+        list(pool.map(attempt, waiting))
         waiting.clear()
 
     with ThreadPoolExecutor() as pool:      # Pillow decodes outside Python's lock
@@ -368,8 +309,7 @@ def read_all(path, wanted):
             if len(waiting) == 256:         # bounded, so that a gigabyte of pictures does not pile up
                 work_off()
         work_off()
-    return pictures, others, skipped
-
+    return {name: p for name, p in pictures.items() if p}, others, sorted(skipped)
 
 # ---- cub and flowers -------------------------------------------------------------------------
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
@@ -392,18 +332,16 @@ SOURCES = {
         unseen=" ".join(map(str, range(1, 21)))),
 }
 
-
 def find_sources(name, folder):
     """(pictures, captions): paths below `folder`, an archive or an unpacked folder each."""
     def first(kind):
-        for candidate in SOURCES[name][kind]:
-            if (folder / candidate).exists():
-                return folder / candidate
+        there = [folder / candidate for candidate in SOURCES[name][kind] if (folder / candidate).exists()]
+        if there:
+            return there[0]
         raise UserError(f"no {kind} of {name} in {folder}: expected one of {', '.join(SOURCES[name][kind])}")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     return first("pictures"), first("captions")
-
 
 def fetch_sources(name):
     """Download what is not there yet to cache/downloads."""
@@ -412,20 +350,16 @@ def fetch_sources(name):
     if not pictures.exists():
         download(source["url"], pictures, source["md5"])
     try:
-        return find_sources(name, folder)
-    except UserError:
-        pass
-    try:
-        download(source["captions_url"], folder / source["captions_url"].rsplit("/", 1)[1])
+        if not any((folder / candidate).exists() for candidate in source["captions"]):
+            download(source["captions_url"], folder / source["captions_url"].rsplit("/", 1)[1])
     except UserError as error:
         raise UserError(f"the captions could not be fetched ({error}). Get {source['captions'][0]} (the link is in the "
                         f"README of github.com/reedscot/cvpr2016), put it into {folder}, run this again") from None
     return find_sources(name, folder)
 
-
 def download(url, path, md5=None, chunk=1 << 20):
-    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on
-    with the next time. Raises UserError when it fails or when the MD5 is another."""
+    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on with the next time.
+    Raises UserError when it fails or when the MD5 is another."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
@@ -458,7 +392,6 @@ def download(url, path, md5=None, chunk=1 << 20):
             part.unlink()
             raise UserError(f"{path.name} has MD5 {found.hexdigest()}, expected {md5}: it was removed, run this again")
     os.replace(part, path)
-
 
 def build_archives(name, pictures_path, captions_path):
     """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in: pictures and captions are
@@ -499,13 +432,9 @@ def build_archives(name, pictures_path, captions_path):
         out.append(p)
     return out, {p.label for p in out if number_of(p.label) in unseen}, skipped
 
-
 CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
 
-
 # ---- a folder of your own --------------------------------------------------------------------
-
-
 def build_folder(folder):
     pictures, texts, skipped = read_all(folder, r"\.txt$")
     out = []
@@ -521,20 +450,15 @@ def build_folder(folder):
     random.Random(0).shuffle(labels)
     return out, set(labels[:len(labels) // 4]), skipped         # a quarter of the classes is unseen, as in CUB
 
-
 # ---- The cache -------------------------------------------------------------------------------
-
-
 def stamp(paths):
     """What a cache is made from: name, size and time of every file."""
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
-
 def load(name, source=None):
-    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it
-    was made from, so that a change there means another cache. source: a folder with the archives of cub or flowers.
-    Raises UserError."""
+    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it was made
+    from, so that a change there means another cache. source: a folder with the archives of cub or flowers. Raises UserError."""
     paths, label = [], name
     if name == "toy":
         made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures)]
@@ -559,12 +483,10 @@ def load(name, source=None):
         write_cache(folder, label, *build(), paths=[str(p.resolve()) for p in paths])
     return read_cache(folder, name)
 
-
 def read_cache(folder, name):
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {f.stem: np.load(f, mmap_mode="r") for f in folder.glob("*.npy")}
     return Dataset(name=name, captions=meta["captions"], class_names=meta["class_names"], skipped=meta["skipped"], **arrays)
-
 
 def write_cache(folder, label, pictures, unseen, skipped, paths):
     """Into a folder of its own, which then takes its name: a killed or a second process never leaves half of one."""
@@ -597,13 +519,10 @@ def write_cache(folder, label, pictures, unseen, skipped, paths):
         if other != folder and re.fullmatch(re.escape(label) + "-[0-9a-f]{16}", other.name):
             shutil.rmtree(other, ignore_errors=True)
 
-
 # ---- Looking at it ---------------------------------------------------------------------------
-
-
 def sheet(rows, texts=None, titles=None, scale=1, width=230):
-    """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles`
-    above the columns. Everything that this project draws is drawn here. Returns a Pillow image."""
+    """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles` above the
+    columns. Everything that this project draws is drawn here. Returns a Pillow image."""
     font = ImageFont.load_default(13)
     h, w = (np.array(rows[0][0].shape[:2]) * scale).tolist()
     left, top = (width if texts else 0), (22 if titles else 0)
@@ -621,14 +540,12 @@ def sheet(rows, texts=None, titles=None, scale=1, width=230):
             page.paste(picture, (left + j * (w + 2), y))
     return page
 
-
 def save_picture(picture, path):
     """Write a Pillow image, whole or not at all. Raises UserError for an ending that Pillow does not know."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"cannot write {path}: name a picture file, such as sample.png")
     write_atomically(path, lambda f: picture.save(f, kind))
-
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare a data set and report what it holds.")
@@ -641,12 +558,9 @@ def main():
     print(f"  training: {len(train):,} pictures of {(~ds.unseen).sum()} classes; unseen: {len(test):,} of {ds.unseen.sum()}")
     print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {'no' if ds.boxes is None else 'yes'}; "
           f"keypoints: {'no' if ds.keypoints is None else 'yes'}")
-    for line in ds.skipped[:10]:
+    for line in ds.skipped[:10] + ([f"... {len(ds.skipped)} in all, listed in meta.json of the cache"] if len(ds.skipped) > 10 else []):
         print(f"  skipped {line}")
-    if len(ds.skipped) > 10:
-        print(f"  ... {len(ds.skipped)} skipped in all, listed in meta.json of the cache")
-    rng = random.Random(1)
-    rows, texts = [], []
+    rng, rows, texts = random.Random(1), [], []
     for label in rng.sample(range(len(ds.class_names)), min(8, len(ds.class_names))):
         of_class = np.flatnonzero(ds.labels == label)
         picks = [int(rng.choice(of_class)) for _ in range(6)]
@@ -655,7 +569,6 @@ def main():
     path = CACHE / f"{Path(args.dataset).resolve().name}.png"
     save_picture(sheet(rows, texts), path)
     print(f"  contact sheet: {path}")
-
 
 if __name__ == "__main__":
     run(main)

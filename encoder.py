@@ -10,10 +10,7 @@ frozen features. Both are trained so that v(x) . phi(t) is large where t describ
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 """
 
-import argparse
-import json
-import time
-import warnings
+import argparse, json, time, warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -32,24 +29,19 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[
 MAX_LETTERS = 201
 ROW = {letter: row for row, letter in enumerate(ALPHABET, 1)}    # the second hyphen wins, as in their Lua table
 
-
 def encode_text(texts):
-    """list of N str -> (N, 201) uint8, a letter's row in the alphabet, counted from 1: lower-cased, cut at 201 letters,
-    padded with 0. Letters that the alphabet lacks are 0 too, so any script goes in."""
+    """list of N str -> (N, 201) uint8, a letter's row in the alphabet, counted from 1: lower-cased, cut at 201 letters, padded
+    with 0. Letters that the alphabet lacks are 0 too, so any script goes in."""
     out = np.zeros((len(texts), MAX_LETTERS), np.uint8)
     for i, text in enumerate(texts):
         rows = [ROW.get(letter, 0) for letter in text[:MAX_LETTERS].lower()[:MAX_LETTERS]]
         out[i, :len(rows)] = rows
     return torch.from_numpy(out)
 
-
 # ---- phi(t): the char-CNN-RNN of [B] ---------------------------------------------------------
-
-
 class CharCNNRNN(nn.Module):
-    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper.
-
-    Convolutions see words, the recurrent network their order, the mean over time the whole sentence."""
+    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper. Convolutions see words, the
+    recurrent network their order, the mean over time the whole sentence."""
 
     def __init__(self, cnn_dim=512, out_dim=TEXT_DIM):
         super().__init__()
@@ -69,7 +61,6 @@ class CharCNNRNN(nn.Module):
         x, _ = self.rnn(x)                                                      # (N, 18, cnn_dim), a state a time step
         return self.out(x.mean(1))                                              # (N, 1024)
 
-
 @torch.no_grad()
 def embed(phi, texts, batch=512):
     """phi of a list of texts -> (len(texts), 1024) float32 on phi's device. Equal texts are worked out once."""
@@ -80,15 +71,11 @@ def embed(phi, texts, batch=512):
     place = {t: i for i, t in enumerate(unique)}
     return out[torch.tensor([place[t] for t in texts], device=device)]
 
-
 # ---- Eq. 2, 3, 4: the joint embedding --------------------------------------------------------
-
-
 def joint_embedding_loss(image_emb, text_emb):
-    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar.
-
-    Eq. 2 counts the mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place
-    stands a hinge: the right partner should score by 1 more than every other one of the minibatch."""
+    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar. Eq. 2 counts
+    the mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place stands a hinge: the right partner
+    should score by 1 more than every other one of the minibatch."""
     s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)
     right = s.diagonal()
     others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
@@ -98,41 +85,37 @@ def joint_embedding_loss(image_emb, text_emb):
     text_loss = (1 + s - right[None, :]).clamp(min=0)[others].mean()
     return image_loss + text_loss
 
-
 def class_means(emb, labels, classes):
     """Mean embedding of each class: (N, 1024), (N,) labels, C class numbers -> (C, 1024)."""
     return torch.stack([emb[labels == c].mean(0) for c in classes])
 
-
 def classify(emb, means):
-    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged.
-    (N, 1024), (C, 1024) -> (N, C) rows into `means`, best first."""
+    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged. (N, 1024), (C,
+    1024) -> (N, C) rows into `means`, best first."""
     # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]   =  argmax_y  v . (mean phi of class y)
     # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
     return (emb @ means.T).argsort(1, descending=True)
 
-
 def average_precision_at_50(image_emb, labels, text_means, classes, k=50):
-    """[B]'s AP@50: each class's mean caption retrieves pictures; the share of its first k that are of
-    the class, mean over classes. A class with fewer than k pictures cannot reach 1, as in [B]."""
+    """[B]'s AP@50: each class's mean caption retrieves pictures; the share of its first k that are of the class, mean over
+    classes. A class with fewer than k pictures cannot reach 1, as in [B]."""
     best = (text_means @ image_emb.T).argsort(1, descending=True)[:, :k]        # (C, k)
     return (labels[best] == classes[:, None]).float().mean().item()
 
-
 # ---- The image side --------------------------------------------------------------------------
-
-
-def conv_image_encoder():
-    """(N, 3, 64, 64) in [-1, 1] -> (N, 1024): a tower like D's and S's, trained along with phi. Works everywhere."""
-    return StyleEncoder(z_dim=TEXT_DIM)
-
+def image_encoder(image_side):
+    """v. "conv": (N, 3, 64, 64) in [-1, 1] -> (N, 1024), a tower like D's and S's, trained along with phi; works everywhere.
+    Else frozen features (N, 1024) -> (N, 1024): as they are, but for the change of basis by `whiten`."""
+    if image_side == "conv":
+        return StyleEncoder(z_dim=TEXT_DIM)
+    v = nn.Linear(TEXT_DIM, TEXT_DIM, bias=False).requires_grad_(False)
+    v.weight.copy_(torch.eye(TEXT_DIM))
+    return v
 
 GOOGLENET = "https://download.pytorch.org/models/googlenet-1378be20.pth"
 
-
 def conv_bn(c_in, c_out, kernel, **kw):
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(c_in, c_out, kernel, bias=False, **kw), bn=nn.BatchNorm2d(c_out, eps=0.001), relu=nn.ReLU()))
-
 
 class Inception(nn.Module):
     def __init__(self, c, c1, c3_in, c3, c5_in, c5, c_pool):
@@ -146,11 +129,9 @@ class Inception(nn.Module):
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.children()], 1)
 
-
 def googlenet():
-    """The papers' frozen image side: (N, 3, 224, 224) in [-1, 1] -> (N, 1024), the last average pooling.
-
-    C. Szegedy et al., CVPR 2015, with the layer names of torchvision, whose weights fit."""
+    """The papers' frozen image side: (N, 3, 224, 224) in [-1, 1] -> (N, 1024), the last average pooling. C. Szegedy et al.,
+    CVPR 2015, with the layer names of torchvision, whose weights fit."""
     pool = lambda k: nn.MaxPool2d(k, 2, ceil_mode=True)
     return nn.Sequential(OrderedDict(
         conv1=conv_bn(3, 64, 7, stride=2, padding=3), maxpool1=pool(3), conv2=conv_bn(64, 64, 1), conv3=conv_bn(64, 192, 3, padding=1),
@@ -160,7 +141,6 @@ def googlenet():
         inception4e=Inception(528, 256, 160, 320, 32, 128, 128), maxpool4=pool(2),
         inception5a=Inception(832, 256, 160, 320, 32, 128, 128), inception5b=Inception(832, 384, 192, 384, 48, 128, 128),
         avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-
 
 @torch.no_grad()
 def googlenet_features(ds, device):
@@ -179,7 +159,6 @@ def googlenet_features(ds, device):
         out.append(net(F.interpolate(x, 224, mode="bicubic")).cpu())
     return torch.cat(out)
 
-
 def load_features(path, ds):
     """A file of features, a row for each picture of the source, in its order -> (N, 1024) float32."""
     try:
@@ -193,10 +172,9 @@ def load_features(path, ds):
         raise UserError(f"{path} holds numbers that are not finite")
     return features
 
-
 def frozen_features(ds, image_side, path, device):
-    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures', so that
-    the margin of 1 in the loss means something."""
+    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures', so that the margin
+    of 1 in the loss means something."""
     if image_side == "conv":
         return None
     if image_side == "features" and not path:
@@ -205,26 +183,21 @@ def frozen_features(ds, image_side, path, device):
     train = features[ds.split(False)]
     return ((features - train.mean(0)) / (train - train.mean(0)).norm(dim=1).mean()).to(device)
 
-
 # ---- Pictures for the networks ---------------------------------------------------------------
-
-
 def picture_tensor(ds, device="cpu"):
     """The data set's pictures as one uint8 tensor; on a CPU it stays memory-mapped. Never written to."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # torch dislikes that the file is mapped read-only
         return torch.from_numpy(ds.images).to(device)
 
-
 def crops(images, index, dy, dx, flip):
-    """Windows of many pictures at once. images (N, 76, 76, 3) uint8 on any device; index, dy, dx (B,) int,
-    flip (B,) bool, on the same -> (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
+    """Windows of many pictures at once. images (N, 76, 76, 3) uint8 on any device; index, dy, dx (B,) int, flip (B,) bool, on
+    the same -> (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
     steps = torch.arange(CROP, device=images.device)
     rows = dy[:, None] + steps                                              # (B, 64)
     cols = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
     x = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]    # (B, 64, 64, 3)
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 def random_crops(images, index):
     """[A] section 5: a random 64x64 window of the 76x76 picture, mirrored at random."""
@@ -232,24 +205,19 @@ def random_crops(images, index):
     dy, dx = torch.randint(IMAGE_SIZE - CROP + 1, (2, B), device=device)
     return crops(images, index, dy, dx, torch.rand(B, device=device) < 0.5)
 
-
 def centre_crops(images, index):
     middle = torch.full_like(index, (IMAGE_SIZE - CROP) // 2)
     return crops(images, index, middle, middle, torch.zeros_like(index, dtype=torch.bool))
-
 
 def to_pixels(x):
     """(N, 3, 64, 64) in [-1, 1] -> (N, 64, 64, 3) uint8 on the CPU."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-
 # ---- Checkpoints: a dict of tensors and plain values, nothing that could run -----------------
 FORMAT = 1
 
-
 def save_checkpoint(path, **content):
     write_atomically(path, lambda f: torch.save(dict(format=FORMAT, **content), f))
-
 
 def load_checkpoint(path, kind):
     """Read a file that `save_checkpoint` wrote; kind is "gan-cls" or "encoder". Raises UserError."""
@@ -265,22 +233,17 @@ def load_checkpoint(path, kind):
         raise UserError(f"{path} has format {content.get('format')}, this version reads {FORMAT}: train it again")
     return content
 
-
 # ---- Training and measuring ------------------------------------------------------------------
-
-
 def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", image_features=None, seed=0, classes=40, log=print):
-    """Train phi and the image side on the training classes of a data set. [B]'s settings: RMSprop, rate 7e-4, decay 0.98
-    an epoch, gradients clipped at 5, minibatches of 40 classes.
-
-    image_side: "conv", "googlenet", or "features", which are read from the file image_features. Returns a checkpoint: a dict
-    of plain values and tensors."""
+    """Train phi and the image side on the training classes of a data set. [B]'s settings: RMSprop, rate 7e-4, decay 0.98 an
+    epoch, gradients clipped at 5, minibatches of 40 classes. image_side: "conv", "googlenet", or "features", which are read
+    from the file image_features. Returns a checkpoint: a dict of plain values and tensors."""
     torch.manual_seed(seed)
     amp, scaler, _ = pick_autocast(device)
     features, images = frozen_features(ds, image_side, image_features, device), picture_tensor(ds)
     phi = CharCNNRNN(cnn_dim).to(device)
-    v = (conv_image_encoder() if features is None else nn.Identity()).to(device, memory_format=torch.channels_last)
-    parameters = [*phi.parameters(), *v.parameters()]
+    v = image_encoder(image_side).to(device, memory_format=torch.channels_last)
+    parameters = [p for p in [*phi.parameters(), *v.parameters()] if p.requires_grad]
     optimiser = torch.optim.RMSprop(parameters, lr=7e-4, alpha=0.95)
 
     tokens, starts = encode_text([t for c in ds.captions for t in c]), caption_starts(ds)
@@ -309,46 +272,47 @@ def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", i
         mean_loss += (loss.item() - mean_loss) / min(step, 50)
         if step % 100 == 0 or step == steps:
             log(f"text encoder: step {step}/{steps}  loss {mean_loss:.3f}  {(time.time() - began) / step * 1000:.0f} ms a step")
-    rescale(phi, [t for i in ds.split(False) for t in ds.captions[i]])
+    whiten(phi, v, [t for i in ds.split(False) for t in ds.captions[i]])
     return dict(kind="encoder", phi=phi.state_dict(), v=v.state_dict(), settings=dict(
         dataset=ds.name, cnn_dim=cnn_dim, steps=steps, seed=seed, image_side=image_side))
 
-
 @torch.no_grad()
-def rescale(phi, texts):
-    """Scale phi's outputs, by its last layer, to mean square 1/4 over these texts. No ranking by eq. 3 or 4 changes.
-
-    departs from the paper: the loss leaves phi with numbers of some 0.02, beside which G, whose z is N(0, 1), hears no text for
-    thousands of steps."""
-    scale = 2 * embed(phi, texts).square().mean().sqrt()
-    phi.out.weight /= scale
-    phi.out.bias /= scale
-
+def whiten(phi, v, texts, floor=0.005):
+    """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction
+    (those below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every
+    score v . phi(t) stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose
+    variance is in three directions. G, whose z is N(0, 1), would hear no text for a thousand steps, and of a bird's crown
+    never."""
+    h = embed(phi, texts).double()
+    values, U = torch.linalg.eigh(torch.cov(h.T))
+    M = U * (values + floor * values[-1]).rsqrt() @ U.T
+    M /= 2 * (h @ M).square().mean().sqrt()
+    for layer, change in ((phi.out, M), (v if isinstance(v, nn.Linear) else v.net[-1], torch.linalg.inv(M))):
+        for p in layer.parameters():                            # weight (1024, n), and bias (1024,) where there is one
+            p.copy_(change @ p.double())
 
 def caption_starts(ds):
     """Where each picture's captions begin when all are laid end to end: (N + 1,)."""
     return torch.tensor([0] + [len(c) for c in ds.captions]).cumsum(0)
-
 
 def build(checkpoint, device="cpu"):
     """(phi, v) of an encoder's checkpoint, ready to use. Raises UserError if it is not one."""
     try:
         settings = checkpoint["settings"]
         phi = CharCNNRNN(settings["cnn_dim"])
-        v = conv_image_encoder() if checkpoint.get("v") else nn.Identity()      # weights/ hold phi alone
+        v = image_encoder(settings["image_side"])
         phi.load_state_dict(checkpoint["phi"])
-        v.load_state_dict(checkpoint.get("v", {}))
+        if "v" in checkpoint:                                   # weights/ hold phi alone
+            v.load_state_dict(checkpoint["v"])
     except Exception as error:              # whatever a file of another sort may bring about
         raise UserError(f"this file does not hold a text encoder of this version ({type(error).__name__}: {error})") from None
     return phi.to(device).eval(), v.to(device, memory_format=torch.channels_last).eval()
-
 
 @torch.no_grad()
 def embed_pictures(v, x):
     """v of pictures (N, 3, 64, 64) or of features (N, 1024) -> (N, 1024) float32."""
     with pick_autocast(x.device)[0]:
         return torch.cat([v(x[i:i + 256]).float() for i in range(0, len(x), 256)])
-
 
 def unseen(ds, phi):
     """Of the unseen classes: indices of the pictures (n,), their labels (n,), the classes (C,) and eq. 3's mean caption of each
@@ -361,11 +325,9 @@ def unseen(ds, phi):
     means = class_means(embed(phi, [t for i in index for t in ds.captions[i]]).cpu(), owners, classes)
     return torch.from_numpy(index), labels, classes, means
 
-
 def top(k, emb, labels, classes, means):
     """Zero-shot accuracy by eq. 3: the share of rows of emb (n, 1024) whose class is among the k best."""
     return (classes[classify(emb, means)[:, :k]] == labels[:, None]).any(1).float().mean().item()
-
 
 def evaluate(ds, phi, v, features=None, device="cpu"):
     """Zero-shot top-1 (eq. 3) and AP@50 on the unseen classes -> dict of numbers in 0..1."""
@@ -374,13 +336,10 @@ def evaluate(ds, phi, v, features=None, device="cpu"):
     return {"zero-shot top-1": top(1, emb, labels, classes, means), "zero-shot top-5": top(5, emb, labels, classes, means),
             "AP@50": average_precision_at_50(emb, labels, means, classes), "chance": 1 / len(classes)}
 
-
 # ---- Measures of generated pictures, for train.py --compare ----------------------------------
-
-
 def frechet_distance(a, b):
-    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID:
-    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID: |mean_a - mean_b|^2 + trace(C_a + C_b - 2
+    (C_a C_b)^(1/2))."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # The trace of (C_a C_b)^(1/2) is that of the symmetric (R C_b R)^(1/2), R = C_a^(1/2).
@@ -388,7 +347,6 @@ def frechet_distance(a, b):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
 
 def kmeans(points, k, seed=0, rounds=50):
     """Lloyd's algorithm from k-means++ seeds: (N, d) -> (N,) the group of each point."""
@@ -402,7 +360,6 @@ def kmeans(points, k, seed=0, rounds=50):
         centres = torch.stack([points[group == i].mean(0) if (group == i).any() else centres[i] for i in range(len(centres))])
     return group
 
-
 def roc(scores, same):
     """Scores (N,) and truth (N,) bool -> false and true positive rates (N + 1,), the strictest threshold first."""
     best = scores.argsort(descending=True)
@@ -410,17 +367,15 @@ def roc(scores, same):
     zero = torch.zeros(1, dtype=torch.double)
     return tuple(torch.cat([zero, c.cumsum(0) / c.sum()]) for c in (1 - hits, hits))
 
-
 def auc(scores, same):
     """Area under the ROC curve: how often a "same" pair scores above a "different" one, ties counting half."""
     values, place = scores.double().unique(return_inverse=True)
     yes, no = (torch.bincount(place[m], minlength=len(values)).double() for m in (same, ~same))
     return (yes * (no.cumsum(0) - no / 2)).sum().item() / (yes.sum() * no.sum()).item()
 
-
 def style_groups(ds, index, k=100):
-    """[A] section 5.2: pictures grouped by style, once by the mean colour outside the bounding box, once by pose
-    (the six keypoints relative to the box; pictures that lack one are left out: -1). Two (N,) tensors."""
+    """[A] section 5.2: pictures grouped by style, once by the mean colour outside the bounding box, once by pose (the six
+    keypoints relative to the box; pictures that lack one are left out: -1). Two (N,) tensors."""
     background = []
     for i in index:
         x, y, w, h = ds.boxes[i]
@@ -434,7 +389,6 @@ def style_groups(ds, index, k=100):
     group[whole] = kmeans(pose[whole], k)
     return kmeans(torch.tensor(np.array(background)), k), group
 
-
 def style_pairs(group, folds=5, pairs=5000, seed=0):
     """For each fold of the pictures, pairs (i, j): half of one group, half of two. List of (i, j, same)."""
     rng, out = np.random.default_rng(seed), []
@@ -446,12 +400,10 @@ def style_pairs(group, folds=5, pairs=5000, seed=0):
         out.append(tuple(torch.from_numpy(a[keep]) for a in (i, j, same)))
     return out
 
-
 def verify_style(emb, pairs):
     """Area under the ROC curve, mean over folds, when the score of a pair is the cosine of its rows of emb (N, d)."""
     emb = F.normalize(emb.float(), dim=1)
     return float(np.mean([auc((emb[i] * emb[j]).sum(1), same) for i, j, same in pairs]))
-
 
 def main():
     parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -463,11 +415,11 @@ def main():
     add("--steps", type=int, default=600)
     add("--cnn-dim", type=int, default=512, help="width of phi")
     add("--seed", type=int, default=0)
-    add("--device", default="auto")
+    add("--device", type=pick_device, default="auto")
     add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
     add("--evaluate", action="store_true", help="measure the one that is there")
     args = parser.parse_args()
-    ds, device = data.load(args.dataset, args.source), pick_device(args.device)
+    ds, device = data.load(args.dataset, args.source), args.device
     path = args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-encoder.pt"
     if args.evaluate:
         checkpoint = load_checkpoint(path, "encoder")
@@ -481,7 +433,6 @@ def main():
     for key, value in result.items():
         print(f"  {key:16} {value:.3f}")
     print(json.dumps(dict(dataset=args.dataset, **{k: round(v, 4) for k, v in result.items()})))
-
 
 if __name__ == "__main__":
     data.run(main)

@@ -25,17 +25,13 @@ TEXT_SMALL = 128     # what G and D each compress them to, section 4.1
 Z_DIM = 100          # numbers in z
 
 # ---- 4.1  Network architecture ---------------------------------------------------------------
-
-
 def conv(c_in, c_out, kernel, stride=1, padding=0):
     # No bias: batch norm, which follows almost everywhere, would subtract it again. The authors'
     # code holds all convolution biases at zero.
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
 
-
 def deconv(c_in, c_out, kernel, stride=1, padding=0):
     return nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=False)
-
 
 def init_weights(net):
     """Section 5's initialisation, in place: convolutions and linear layers N(0, 0.02),
@@ -48,7 +44,6 @@ def init_weights(net):
         if getattr(m, "bias", None) is not None:
             nn.init.zeros_(m.bias)
     return net
-
 
 class Residual(nn.Module):
     """The bottleneck of the authors' code, which the paper does not mention: x + f(x), where f is
@@ -64,7 +59,6 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return self.activation(x + self.f(x))
-
 
 class Generator(nn.Module):
     """G(z, h): noise and a sentence to a picture. [A] section 4.1, figure 2 left.
@@ -92,7 +86,6 @@ class Generator(nn.Module):
         zh = torch.cat([z, self.text(h)], 1)                                # (B, 228)
         return self.net(zh)                                                 # (B, 3, 64, 64)
 
-
 class PictureTower(nn.Sequential):
     """D's way from a picture to a 4x4 map: (B, 3, 64, 64) -> (B, 8*ndf, 4, 4)."""
 
@@ -104,7 +97,6 @@ class PictureTower(nn.Sequential):
             conv(2 * ndf, 4 * ndf, 4, 2, 1), nn.BatchNorm2d(4 * ndf), leaky,    # (B, 4*ndf, 8, 8)
             conv(4 * ndf, 8 * ndf, 4, 2, 1), nn.BatchNorm2d(8 * ndf),
             Residual(8 * ndf, 2 * ndf, leaky))                              # (B, 8*ndf, 4, 4)
-
 
 class Discriminator(nn.Module):
     """D(x, h): is this picture real, and does it fit the sentence? [A] section 4.1, figure 2 right.
@@ -132,20 +124,16 @@ class Discriminator(nn.Module):
         """x (B, 3, 64, 64), h (B, 1024) -> logits (B,)."""
         return self.score(self.features(x), h)
 
-
 # ---- 4 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) ---------------------
 # D returns logits l with s = sigmoid(l). The logarithms are then softplus, which never overflows:
 #     log s = -softplus(-l)        log(1 - s) = -softplus(l)
 # and the scores are turned to 32 bits first, since a mean in 16 bits would lose the small ones.
 
-
 def log_s(logits):
     return -F.softplus(-logits.float())
 
-
 def log_one_minus_s(logits):
     return -F.softplus(logits.float())
-
 
 def discriminator_loss(s_real, s_wrong, s_fake):
     """Minus L_D of [A] Algorithm 1, for minimisers. Logits (B,) of any float type -> scalar, float32.
@@ -159,26 +147,19 @@ def discriminator_loss(s_real, s_wrong, s_fake):
     # Half weight each, so that "no" weighs as much as "yes".
     return -(log_s(s_real).mean() + (log_one_minus_s(s_wrong).mean() + log_one_minus_s(s_fake).mean()) / 2)
 
-
 def generator_loss(s_fake):
     """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32."""
     # Alg. 1, line 12:  L_G = log(s_f)
     # Eq. 1 asks for min log(1 - s_f). Where D is sure (s_f near 0) that is flat and log(s_f) steep.
     return -log_s(s_fake).mean()
 
-
 # ---- 4.3  Learning with manifold interpolation (GAN-INT) -------------------------------------
-
-
 def interpolate(h1, h2, beta=0.5):
     """[A] eq. 5: the embedding of a sentence that nobody wrote, between two that exist. (N, 1024) each."""
     # Eq. 5:  beta * phi(t1) + (1 - beta) * phi(t2).  Section 4.3 found a fixed 0.5 to work well.
     return beta * h1 + (1 - beta) * h2
 
-
 # ---- Algorithm 1: one training step ----------------------------------------------------------
-
-
 def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
                  amp=contextlib.nullcontext(), scaler=None, augment=lambda x: x, mode_seeking=0.0):
     """One step of [A] Algorithm 1: D up its objective, then G up its own.
@@ -234,10 +215,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     return {k: (v if k.startswith("loss") else v.float().sigmoid().mean()).detach()
             for k, v in out.items() if v is not None}
 
-
 # ---- 4.4  Inverting the generator for style transfer -----------------------------------------
-
-
 class StyleEncoder(nn.Module):
     """S(x): which z would have made this picture? [A] section 4.4. (B, 3, 64, 64) -> (B, 100)."""
 
@@ -249,16 +227,12 @@ class StyleEncoder(nn.Module):
     def forward(self, x):
         return self.net(x)
 
-
 def style_loss(z, z_hat):
     """[A] eq. 6, z_hat = S(G(z, phi(t))): both (B, 100) -> scalar, float32, mean over the batch."""
     # Eq. 6:  || z - S(G(z, phi(t))) ||_2^2: the sum of the squared differences, not their mean.
     return (z.float() - z_hat.float()).square().sum(1).mean()
 
-
 # ---- Not in the paper: what makes a few thousand steps enough --------------------------------
-
-
 def augment(x, shift=8):
     """Differentiable augmentation (Zhao et al., NeurIPS 2020) of all that D sees, real or fake.
 
@@ -276,7 +250,6 @@ def augment(x, shift=8):
     every = torch.arange(B, device=x.device).view(B, 1, 1)
     return x.permute(0, 2, 3, 1)[every, rows, cols].permute(0, 3, 1, 2)
 
-
 def mode_seeking_loss(z1, z2, x1, x2):
     """The mode-seeking term (Mao et al., CVPR 2019): small when two noises give two pictures.
 
@@ -287,14 +260,15 @@ def mode_seeking_loss(z1, z2, x1, x2):
     # share the noises among them do not pass for variety.
     return (far_z / (far_x + 0.05)).mean()
 
-
 # ---- The machine: where to compute, and in how many bits -------------------------------------
-
-
 def pick_device(name="auto"):
-    """"auto" is CUDA where there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
+    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what torch does not have here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
 
 def pick_autocast(device, precision="auto"):
     """(autocast context, GradScaler, name) for a device and "auto", "bf16", "fp16" or "fp32".
@@ -312,7 +286,6 @@ def pick_autocast(device, precision="auto"):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     amp = torch.autocast(device.type, dtype) if precision != "fp32" else contextlib.nullcontext()
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16"), precision
-
 
 def cpu_has_bf16():
     capabilities = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()

@@ -17,7 +17,6 @@ from data import UserError, read_picture, save_picture, sheet
 from encoder import centre_crops, embed, load_checkpoint, to_pixels
 from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
 
-
 class Model:
     """What sampling needs of a run: G (the average), S (None in an unfinished run), phi. Raises UserError."""
 
@@ -54,7 +53,6 @@ class Model:
         x = centre_crops(torch.tensor(pixels)[None].to(self.device), torch.zeros(1, dtype=torch.long, device=self.device))
         return self.S(x), to_pixels(x)[0]
 
-
 def find_weights(name):
     """A file, a name in weights/, or, for None, the newest run. Raises UserError."""
     if name is None:
@@ -62,9 +60,7 @@ def find_weights(name):
         if not runs:
             raise UserError("there is no run yet: train one first with  python train.py")
         return runs[-1]
-    shipped = Path(__file__).parent / "weights" / f"{name}.pt"
-    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
-
+    return Path(name) if Path(name).exists() or not Path(f"weights/{name}.pt").is_file() else Path(f"weights/{name}.pt")
 
 def main():
     parser = argparse.ArgumentParser(description="Draw pictures from sentences.")
@@ -74,7 +70,7 @@ def main():
     add("--n", type=int, default=8, help="pictures a text (default: 8)")
     add("--seed", type=int, default=0, help="seed of the noises: the same seed gives the same file")
     add("--out", type=Path, default=Path("sample.png"), help="where to write (default: sample.png)")
-    add("--device", default="auto")
+    add("--device", type=pick_device, default="auto")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--interpolate", action="store_true", help="move between two texts: a row a noise")
     mode.add_argument("--interpolate-style", action="store_true", help="move between noises: a row a text")
@@ -90,7 +86,7 @@ def main():
     if args.interpolate and len(texts) != 2:
         raise UserError(f"--interpolate goes from one text to another: expected 2, found {len(texts)}")
 
-    model = Model(find_weights(args.weights), pick_device(args.device))
+    model = Model(find_weights(args.weights), args.device)
     h = embed(model.phi, texts)                                     # (texts, 1024)
     generator = torch.Generator().manual_seed(args.seed)
     noise = lambda n: torch.randn(n, Z_DIM, generator=generator).to(model.device)
@@ -116,7 +112,6 @@ def main():
         rows = [model.draw(z, text.expand(n, -1)) for text in h]
     save_picture(sheet(rows, texts, titles), args.out)
     print(f"wrote {args.out}")
-
 
 if __name__ == "__main__":
     data.run(main)

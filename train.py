@@ -9,13 +9,7 @@ The step itself, Algorithm 1, is `gan_cls_step` in gan_cls.py. Here is what surr
 the batches, the progress, the checkpoints. Everything of a run lies in runs/DATASET-VARIANT/ (or --out).
 """
 
-import argparse
-import copy
-import json
-import math
-import signal
-import sys
-import time
+import argparse, copy, json, math, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +29,11 @@ VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, 
 
 RECIPES = {
     # [A] section 5, nothing else: the default for photographs.
-    "paper": dict(lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, decay=False),
-    # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of
-    # what it gained there: the text of a picture is the mean of several of its captions (the authors' code: 4);
-    # G learns faster than D; D sees augmented pictures; G is rewarded for heeding z; samples come from an average
-    # of G's weights over the last steps.
-    "quick": dict(lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.1, average=0.998, decay=True),
+    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, near=0, decay=False),
+    # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of what it gained
+    # there: the text of a picture is the mean of several of its captions (the authors' code: 4); G learns faster than D; D sees
+    # augmented pictures; G is rewarded for heeding z; samples come from an average of G's weights over the last steps.
+    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, near=10, decay=True),
 }
 
 TOY_STEPS = 4000                                # some 11 minutes on two cores
@@ -48,26 +41,27 @@ STYLE_STEPS = 600                               # of the style encoder
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
 # ---- Batches ---------------------------------------------------------------------------------
-
-
 class Batches:
-    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table.
+    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table. A batch is then a
+    few gathers, without a loop in Python and without a word to the CPU."""
 
-    A batch is then a few gathers, without a loop in Python and without a word to the CPU."""
-
-    def __init__(self, ds, phi, device, captions):
+    def __init__(self, ds, phi, device, captions=1, near=0):
         self.images, self.captions = picture_tensor(ds, device), captions
         self.starts = encoder.caption_starts(ds).to(device)
         self.table = embed(phi, [t for c in ds.captions for t in c]).half()      # (captions of all pictures, 1024)
-        # Training pictures sorted by class, so that "any picture of another class" is a range of places.
         order = ds.split(False)
-        order = order[np.argsort(ds.labels[order], kind="stable")]
-        if len(np.unique(ds.labels[order])) < 2:
+        order = order[np.argsort(ds.labels[order], kind="stable")]               # training pictures, class by class
+        _, class_of, size = np.unique(ds.labels[order], return_inverse=True, return_counts=True)
+        if len(size) < 2:
             raise UserError("training needs pictures of at least two classes: a wrong text comes from another class")
-        labels = ds.labels[order]
-        self.order = torch.from_numpy(order).to(device)
-        first, last = np.searchsorted(labels, labels), np.searchsorted(labels, labels, "right")
-        self.first, self.size = (torch.from_numpy(a).to(device) for a in (first, last - first))
+        self.order, self.class_of, self.size = (torch.from_numpy(a).to(device) for a in (order, class_of, size))
+        self.first = self.size.cumsum(0) - self.size
+        self.near = None
+        if near:
+            every = [self.texts(self.order[self.class_of == c][:16]).mean(0) for c in range(len(size))]
+            every = torch.stack(every)                                           # (classes, 1024)
+            self.near = torch.cat([torch.cdist(m, every).topk(min(near, len(size) - 1) + 1, largest=False).indices[:, 1:]
+                                   for m in every.split(500)])                   # (classes, near): not itself
 
     def __len__(self):
         return len(self.order)
@@ -79,14 +73,14 @@ class Batches:
         return self.table[start + draw].float().mean(0)
 
     def batch(self, places):
-        """places (B,) in the order by class -> x, h, h_wrong."""
-        # Another class: a place among those before and behind the class's own.
-        n = len(self) - self.size[places]
-        other = (torch.rand(len(places), device=places.device, dtype=torch.float64) * n).long()
-        other = other + self.size[places] * (other >= self.first[places])
-        pictures = self.order[places]
-        return random_crops(self.images, pictures), self.texts(pictures), self.texts(self.order[other])
-
+        """places (B,) in the order class by class -> x, h, h_wrong."""
+        B, classes, mine = len(places), len(self.size), self.class_of[places]
+        draw = lambda n: (torch.rand(B, device=places.device, dtype=torch.float64) * n).long()     # 0 .. n - 1
+        other = (mine + 1 + draw(classes - 1)) % classes                         # a class that is not the picture's
+        if self.near is not None:                                                # for half of the batch, one like it
+            other[:B // 2] = self.near[mine, draw(self.near.shape[1])][:B // 2]
+        wrong = self.first[other] + draw(self.size[other])
+        return random_crops(self.images, self.order[places]), self.texts(self.order[places]), self.texts(self.order[wrong])
 
 def get_encoder(ds, path, device, log=print, **options):
     """The text encoder's checkpoint at `path`, trained first when it is not there."""
@@ -94,22 +88,11 @@ def get_encoder(ds, path, device, log=print, **options):
         log(f"text encoder: {path}")
         return load_checkpoint(path, "encoder")
     log(f"text encoder: none at {path} yet, training one")
-    trained = encoder.train_encoder(ds, device, log=log, **options)
-    save_checkpoint(path, **trained)
-    return trained
-
+    save_checkpoint(path, **encoder.train_encoder(ds, device, log=log, **options))
+    return load_checkpoint(path, "encoder")
 
 # ---- Pictures of the progress ----------------------------------------------------------------
-
-
-@torch.no_grad()
-def draw_samples(G, z, h):
-    """z (n, 100), h (T, 1024) -> T rows of n pictures, the same noises for all texts."""
-    return [to_pixels(G(z, t.expand(len(z), -1))) for t in h]
-
-
 COLOURS = ("black", "red", "green", "orange", "blue")
-
 
 def plot(panels, path, size=360):
     """Line plots side by side, as a picture: panels is a list of {name: (xs, ys)}; both axes begin at 0."""
@@ -128,16 +111,12 @@ def plot(panels, path, size=360):
             pen.text((left, 10 + 14 * i), name, COLOURS[i % 5], anchor="lm")
     save_picture(page, path)
 
-
 def draw_history(history, path):
     """The losses, and the mean D outputs, over the steps."""
     lines = lambda *keys: {k: ([r["step"] for r in history], [r[k] for r in history]) for k in keys if k in history[0]}
     plot([lines("loss_D", "loss_G"), lines("D(real)", "D(wrong)", "D(fake)")], path)
 
-
 # ---- Training --------------------------------------------------------------------------------
-
-
 class Trainer:
     """The state of a run, and how it is saved and restored."""
 
@@ -187,12 +166,11 @@ class Trainer:
             ours, theirs = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (self.average, self.G))
             torch._foreach_lerp_(ours, theirs, 1 - d)
 
-    def algorithm1(self, batches, places):
-        """One step of Algorithm 1 on the pictures at these places -> its losses, still on the device."""
-        x, h, h_wrong = batches.batch(places)
+    def algorithm1(self, batch):
+        """One step of Algorithm 1 on (x, h, h_wrong) -> its losses, still on the device."""
         cls, int_ = VARIANTS[self.settings["variant"]]
         return gan_cls_step(
-            self.G, self.D, self.opt_G, self.opt_D, x, h, h_wrong, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
+            self.G, self.D, self.opt_G, self.opt_D, *batch, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
             augment=augment if self.recipe["augment"] else lambda x: x, mode_seeking=self.recipe["mode_seeking"])
 
     def train_step(self, batches, places):
@@ -202,7 +180,7 @@ class Trainer:
             self.graph.replay()
             out = self.graph_out
         else:
-            out = self.algorithm1(batches, places)
+            out = self.algorithm1(batches.batch(places))
         self.step += 1
         self.update_average()
         if self.until_capture:
@@ -212,9 +190,9 @@ class Trainer:
         return out
 
     def compile(self, log=print):
-        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them
-        (torch.compile), then, after three steps, record the whole step once and replay it from then on (a CUDA graph).
-        fp16 is not recorded, since its scaler decides on the CPU."""
+        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile),
+        then, after three steps, record the whole step once and replay it from then on (a CUDA graph). fp16 is not recorded,
+        since its scaler decides on the CPU."""
         log("compiling the step: a minute or two (--no-compile skips it)")
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         for part in (self.G, self.D.features, self.D.text, self.D.joint):
@@ -225,20 +203,19 @@ class Trainer:
         self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.graph_out = self.algorithm1(batches, self.graph_places)
+                self.graph_out = self.algorithm1(batches.batch(self.graph_places))
             self.graph = graph
         except RuntimeError as error:
             log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
 
     def set_rates(self, epoch):
-        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a straight
-        line, over the last half of the steps."""
+        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a
+        straight line, over the last half of the steps."""
         factor = 0.5 ** (epoch // 100)
         if self.recipe["decay"]:
             factor = min(1.0, max(0.1, 2 - 2 * self.step / self.settings["steps"]))
         self.opt_G.param_groups[0]["lr"].fill_(self.recipe["lr_G"] * factor)
         self.opt_D.param_groups[0]["lr"].fill_(self.recipe["lr_D"] * factor)
-
 
 def train(run, batches, out_dir, show, log=print):
     """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
@@ -275,7 +252,6 @@ def train(run, batches, out_dir, show, log=print):
             signal.signal(sig, handler)
     return not stop
 
-
 def check_health(now, history, step):
     """Stop a run that cannot recover, before it overwrites its last good checkpoint."""
     if not all(map(math.isfinite, now.values())):
@@ -285,15 +261,9 @@ def check_health(now, history, step):
         raise UserError(f"D has won at step {step}: it is certain of every picture and teaches G nothing more; try "
                         "--recipe quick, a smaller --ndf or another --seed")
 
-
 def train_style_encoder(run, batches, steps, log=print):
     """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):   # a run that goes on later must not notice
-        torch.manual_seed(run.settings["seed"])
-        return fit_style_encoder(run, batches, steps, log)
-
-
-def fit_style_encoder(run, batches, steps, log):
+    torch.manual_seed(run.settings["seed"])
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
     B, start = run.settings["batch_size"], time.time()
@@ -315,21 +285,17 @@ def fit_style_encoder(run, batches, steps, log):
             log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  {time.time() - start:.0f} s")
     return S.eval()
 
-
 # ---- Measuring: the four models side by side ([A] sections 5.1 and 5.2) ----------------------
-
-
 @torch.no_grad()
 def paint(G, h, seed=0):
     """Pictures (N, 3, 64, 64) in [-1, 1] of texts (N, 1024), a fresh noise each, as a viewer gets them: in 8 bits."""
     z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(seed)).to(h.device)
     return torch.cat([(G(z[i:i + 256], h[i:i + 256]) * 127.5).round() / 127.5 for i in range(0, len(h), 256)])
 
-
 @torch.no_grad()
 def measure(ds, batches, G, S, scorer, groups, device):
-    """Numbers of one trained model on the unseen classes -> dict. scorer: an encoder's checkpoint that had no part in
-    the training of G; groups: {name: pairs} of style verification."""
+    """Numbers of one trained model on the unseen classes -> dict. scorer: an encoder's checkpoint that had no part in the
+    training of G; groups: {name: pairs} of style verification."""
     phi, v = encoder.build(scorer, device)
     index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
@@ -352,8 +318,6 @@ def measure(ds, batches, G, S, scorer, groups, device):
         out[f"AUC {name}, captions"] = encoder.verify_style(batches.texts(index.to(device)).cpu(), pairs)
     return out
 
-
-
 def measure_transfer(ds, batches, G, S, index, tower, device):
     """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the
     bird (of 8 groups; chance about 1 in 8) and the direction (a linear probe on features; chance 1 in 2) stay the query's?"""
@@ -371,7 +335,6 @@ def measure_transfer(ds, batches, G, S, index, tower, device):
             "style: direction": ((columns(y) @ probe).sign()[:, 0] == facing[query]).float().mean().item(),
             "  probe on real ones": ((columns(x) @ probe).sign()[:, 0] == facing[query]).float().mean().item()}
 
-
 def export(args, path):
     """What sampling needs of a run, in half precision, to weights/NAME.pt."""
     run = load_checkpoint(path, "gan-cls")
@@ -383,14 +346,13 @@ def export(args, path):
     save_checkpoint(out, kind="gan-cls", settings=run["settings"], step=run["step"], average=half(run["average"]), S=half(run["S"]), encoder=phi)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
-
 def compare(args):
-    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS: same data, text encoder, seeds and steps. Finished runs are reused.
-    Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
-    started, device, name = time.time(), pick_device(args.device), Path(args.dataset).resolve().name
-    rows, curves, columns = {}, [{}, {}], []
-    for variant in VARIANTS:
-        for seed in range(args.compare):
+    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished
+    runs are reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
+    started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
+    rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
+    for variant in variants:
+        for seed in range(args.compare or 1):
             path = Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else "")) / "checkpoint.pt"
             ds, batches, run = run_one(args, variant, seed, path.parent, resume=path.exists())
             if not ds.unseen.any():
@@ -402,7 +364,8 @@ def compare(args):
                 groups = {}
                 if ds.boxes is not None and ds.keypoints is not None:
                     groups = {k: encoder.style_pairs(g) for k, g in zip(("background", "pose"), encoder.style_groups(ds, index))}
-                texts, shown = sample_texts(ds, 8), sample_pictures(ds, 8)
+                shown = sample_pictures(ds, 8)
+                texts = [ds.captions[i][0] for i in shown]
                 columns.append([np.array(ds.images[i][6:70, 6:70]) for i in shown])
             rows.setdefault(variant, []).append(measure(ds, batches, run.average, run.S, scorer, groups, device))
             if seed == 0:
@@ -414,25 +377,20 @@ def compare(args):
                     i, j, same = (torch.cat(p) for p in zip(*pairs))
                     lines[f"{variant}, {kind}"] = roc((s[i] * s[j]).sum(1), same)
     out = Path("runs") / f"{name}-compare"
-    save_picture(sheet(list(zip(*columns)), texts, ["real", *VARIANTS], scale=1.5), out / "models.png")
+    save_picture(sheet(list(zip(*columns)), texts, ["real", *variants], scale=1.5), out / "models.png")
     if groups:
         plot(curves, out / "roc.png")
-    keys = list(rows["gan"][0])
-    print("\n" + " " * 24 + "".join(f"{v:>18}" for v in VARIANTS))
-    for key in keys:
-        values = [[r[key] for r in rows[v]] for v in VARIANTS]
+    print("\n" + " " * 24 + "".join(f"{v:>18}" for v in variants))
+    for key in rows[variants[0]][0]:
+        values = [[r[key] for r in rows[v]] for v in variants]
         print(f"{key:24}" + "".join(f"{np.mean(x):>18.3f}" if len(x) == 1 else f"{np.mean(x):>10.3f} +-{np.std(x):.3f}" for x in values))
-    print(json.dumps({v: [{k: round(x, 4) for k, x in r.items()} for r in rows[v]] for v in VARIANTS}))
+    print(json.dumps({v: [{k: round(x, 4) for k, x in r.items()} for r in rows[v]] for v in variants}))
     print(f"measured in {(time.time() - started) / 60:.1f} minutes, training included; pictures in {out}")
 
-
-
 # ---- How fast it is --------------------------------------------------------------------------
-
-
 def plain_step(run, x, h, h_wrong):
-    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three
-    of G, weight gradients of D in G's step too. The same losses."""
+    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three of G, weight
+    gradients of D in G's step too. The same losses."""
     G, D, B = run.G, run.D, len(x)
     log_yes, log_no = (lambda s: F.logsigmoid(s).mean()), (lambda s: F.logsigmoid(-s).mean())
     noise = lambda n: torch.randn(n, Z_DIM, device=x.device)
@@ -446,13 +404,12 @@ def plain_step(run, x, h, h_wrong):
     loss_G.backward()
     run.opt_G.step()
 
-
 def benchmark(device, args):
     """Time the step on random data. Prints; writes nothing."""
-    wide = device.type == "cuda"
-    settings = dict(variant=args.variant, recipe=args.recipe or "paper", batch_size=args.batch_size, seed=args.seed, precision=args.precision,
+    wide, B = device.type == "cuda", args.batch_size or 64
+    settings = dict(variant=args.variant, recipe=args.recipe or "paper", batch_size=B, seed=args.seed, precision=args.precision,
                     ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
-    B, n = args.batch_size, max(2048, 2 * args.batch_size)
+    n = max(2048, 2 * B)
     ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
                       [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     batches = Batches(ds, encoder.CharCNNRNN(8).to(device), device, RECIPES[settings["recipe"]]["captions"])
@@ -468,47 +425,39 @@ def benchmark(device, args):
             times.append(time.perf_counter() - start)
         return 1000 * float(np.median(times[warm:]))
 
-    run = Trainer(dict(settings, precision="fp32"), device, None)
-    fixed = batches.batch(places())
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode        # here: it takes a second to import
+    usual = Trainer(dict(settings, precision="fp32"), device, None)
+    x, h, h_wrong = fixed = batches.batch(places())
     with FlopCounterMode(display=False) as counter:
-        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *fixed)
-    flops = counter.get_total_flops()
-    as_usual = Trainer(dict(settings, precision="fp32"), device, None)
-    as_usual.G.to(memory_format=torch.contiguous_format), as_usual.D.to(memory_format=torch.contiguous_format)
-    plain = milliseconds(lambda: plain_step(as_usual, *(t.contiguous() for t in fixed)), 9, 3)
-    run, whole_start = Trainer(settings, device, None), time.perf_counter()
+        usual.algorithm1(fixed)
+    usual.G.to(memory_format=torch.contiguous_format), usual.D.to(memory_format=torch.contiguous_format)
+    plain = milliseconds(lambda: plain_step(usual, x.contiguous(), h, h_wrong), 9, 3)
+    began, run = time.perf_counter(), Trainer(settings, device, None)
     if wide and not args.no_compile:
         run.compile()
         for _ in range(4):
             run.train_step(batches, places())
         done()
-    preparation = time.perf_counter() - whole_start
-    batches_batch, batches.batch = batches.batch, lambda places: fixed          # the bare step: the same batch again
-    bare = milliseconds(lambda: run.algorithm1(batches, None)) if not run.graph else float("nan")
-    batches.batch = batches_batch
-    loop = milliseconds(lambda: run.train_step(batches, places()))
-    size = 8192 if wide else 2048
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
+    preparation = time.perf_counter() - began
+    bare, loop = milliseconds(lambda: run.algorithm1(fixed)), milliseconds(lambda: run.train_step(batches, places()))
+    size, dtype = (8192 if wide else 2048), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
     a = torch.randn(size, size, device=device).to(dtype)
     peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
-    rate = flops / loop / 1e9
+    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // 64)
     if wide:
         memory = torch.cuda.max_memory_allocated(device)
     else:
-        import resource
+        import resource                                         # not on Windows
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    schedule = 600 * (8855 // 64)
-    print(f"{torch.cuda.get_device_name(device) if wide else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, "
-          f"ndf {settings['ndf']}, batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
-    rows = [("plain fp32 step", f"{plain:.1f} ms"), ("bare step", f"{bare:.1f} ms"), ("whole loop, data included", f"{loop:.1f} ms"),
+    print(f"{torch.cuda.get_device_name(device) if wide else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, ndf {settings['ndf']}, "
+          f"batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
+    for what, value in (
+            ("plain fp32 step", f"{plain:.1f} ms"), ("bare step", f"{bare:.1f} ms"), ("whole loop, data included", f"{loop:.1f} ms"),
             ("faster than plain", f"{plain / loop:.2f} x"), ("pictures a second", f"{1000 * B / loop:,.0f}"),
-            ("operations a step", f"{flops / 1e9:.1f} GFLOP"), ("rate", f"{rate:.3f} TFLOP/s"),
+            ("operations a step", f"{counter.get_total_flops() / 1e9:.1f} GFLOP"), ("rate", f"{rate:.3f} TFLOP/s"),
             (f"of a {size}^3 matrix product", f"{100 * rate / peak:.1f} % of {peak:.2f} TFLOP/s"), ("peak memory", f"{memory / 1e6:,.0f} MB"),
-            ("preparation", f"{preparation:.1f} s"), ("the paper's CUB schedule", f"{schedule:,} steps, {schedule * loop / 3.6e6:.2f} hours")]
-    for name, value in rows:
-        print(f"  {name:30} {value}")
-
+            ("preparation", f"{preparation:.1f} s"), ("the paper's CUB schedule", f"{steps:,} steps, {steps * loop / 3.6e6:.2f} hours")):
+        print(f"  {what:30} {value}")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -521,10 +470,10 @@ def main():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 4000)")
-    add("--batch-size", type=positive, default=64, help="paper: 64")
+    add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 32)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda or cuda:1")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions")
     add("--seed", type=int, default=0)
     add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (paper: googlenet)")
@@ -532,25 +481,25 @@ def main():
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
+    add("--measure", action="store_true", help="measure the run of --variant, which is trained first where it is not there")
     add("--export", metavar="NAME", help="write what sampling needs of the run to weights/NAME.pt")
     add("--no-compile", action="store_true", help="on CUDA: do not compile and record the step")
     add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
     args = parser.parse_args()
 
     if args.benchmark:
-        return benchmark(pick_device(args.device), args)
-    if args.compare:
+        return benchmark(args.device, args)
+    if args.compare or args.measure:
         return compare(args)
     if args.export:
         return export(args, (args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-{args.variant}") / "checkpoint.pt")
     run_one(args, args.variant, args.seed, args.out, args.resume)
 
-
 def run_one(args, variant, seed, out_dir=None, resume=False):
     """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
     name = Path(args.dataset).resolve().name
     out_dir = out_dir or Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else ""))
-    path, device = out_dir / "checkpoint.pt", pick_device(args.device)
+    path, device = out_dir / "checkpoint.pt", args.device
     if path.exists() and not resume:
         raise UserError(f"{path} is there already: add --resume to go on with it, or name another --out")
     if resume and not path.exists():
@@ -567,7 +516,7 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                               image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
     run = Trainer(settings, device, trained)
-    batches = Batches(ds, phi, device, run.recipe["captions"])
+    batches = Batches(ds, phi, device, run.recipe["captions"], run.recipe["near"])
     if checkpoint:
         run.restore(checkpoint)
     if device.type == "cuda" and not args.no_compile:
@@ -575,30 +524,34 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
     print(f"{dataset}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
 
-    texts, z = sample_texts(ds), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
+    texts, z = [ds.captions[i][0] for i in sample_pictures(ds)], torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
     h = embed(phi, texts)
+
+    @torch.no_grad()
+    def show(G):                        # the same noises for all texts
+        return sheet([to_pixels(G(z, t.expand(len(z), -1))) for t in h], texts)
     if run.step < settings["steps"]:
-        if not train(run, batches, out_dir, lambda G: sheet(draw_samples(G, z, h), texts)):
+        if not train(run, batches, out_dir, show):
             print(f"stopped at step {run.step} and saved; go on with:  python train.py --out {out_dir} --resume")
             sys.exit(130)
         run.S = None                    # of a G that is no more
     if run.S is None:
-        run.S = train_style_encoder(run, batches, STYLE_STEPS)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):   # a run that goes on later must not notice
+            run.S = train_style_encoder(run, batches, STYLE_STEPS)
         run.save(path)
     print(f"done: {path}\nnow try: python sample.py --weights {path} {json.dumps(texts[0])}")
     return ds, batches, run
-
 
 def choose_settings(args, variant, seed, pictures, device):
     wide = device.type == "cuda"
     if not wide and not (args.ngf and args.ndf):
         print("no CUDA device: training at ngf = ndf = 32 (the paper: 128 and 64; --ngf and --ndf choose)")
-    batch_size = min(args.batch_size, pictures)
+    recipe = args.recipe or ("quick" if args.dataset == "toy" else "paper")
+    batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], pictures)
     steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
-    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe or ("quick" if args.dataset == "toy" else "paper"),
+    return dict(dataset=args.dataset, variant=variant, recipe=recipe,
                 batch_size=batch_size, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32),
                 seed=seed, precision=args.precision, steps=steps)
-
 
 def sample_pictures(ds, n=6):
     """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
@@ -606,16 +559,10 @@ def sample_pictures(ds, n=6):
     classes = np.flatnonzero(ds.unseen) if ds.unseen.any() else np.arange(len(ds.class_names))
     return [rng.choice(np.flatnonzero(ds.labels == c)) for c in rng.permutation(classes)[:n]]
 
-
-def sample_texts(ds, n=6):
-    return [ds.captions[i][0] for i in sample_pictures(ds, n)]
-
-
 def positive(text):
     if not text.isdecimal() or not 0 < int(text) <= 10_000_000:
         raise argparse.ArgumentTypeError(f"expected a number from 1 to 10,000,000, got {text!r}")
     return int(text)
-
 
 if __name__ == "__main__":
     data.run(main)
