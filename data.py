@@ -13,7 +13,7 @@ classes that are never trained on. It is built once, into the folder `cache/`, a
 """
 
 import argparse, hashlib, inspect, io, json, os, random, re, shutil, sys, tarfile, tempfile, textwrap, urllib.error
-import urllib.request, warnings, zipfile, zlib
+import urllib.request, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,8 @@ class UserError(Exception):
 
 def run(main):
     """Run a script's main function. UserError and Ctrl-C give a line, not a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)     # progress shows at once, in a file too
     try:
         main()
     except (UserError, OSError) as error:       # OSError: a full disk, a folder that may not be written
@@ -123,7 +125,7 @@ def toy_species(rng, count):
     species = dict.fromkeys((c, c, c, c) for c in names)    # one of each single colour
     while len(species) < count:                             # in the others most parts look like the body, as in birds
         body = rng.choice(names)
-        species[(body, *(body if rng.random() < 0.6 else rng.choice(names) for _ in range(3)))] = None
+        species[(body, *(body if rng.random() < 0.75 else rng.choice(names) for _ in range(3)))] = None
     keys = list(species)
     rng.shuffle(keys)                                  # so that some plain ones are unseen
     return [dict(zip(("body", "wing", "crown", "belly"), k), bill=rng.choice(list(BILLS)),
@@ -230,10 +232,10 @@ def members(path):
                     if not m.isdir():
                         total = check_member(path, m.name, m.size, total, m.isreg())
                         yield m.name, archive.extractfile(m).read()
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not an archive ({error}): fetch it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:          # the readers raise whatever they please on broken archives
+        raise UserError(f"{path} is damaged or not an archive ({type(error).__name__}: {error}): fetch it again") from None
 
 def read_bounded(file):
     if file.stat().st_size > MAX_FILE:
@@ -524,7 +526,7 @@ def sheet(rows, texts=None, titles=None, scale=1, width=230):
     """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles` above the
     columns. Everything that this project draws is drawn here. Returns a Pillow image."""
     font = ImageFont.load_default(13)
-    h, w = (np.array(rows[0][0].shape[:2]) * scale).tolist()
+    h, w = (int(scale * n) for n in rows[0][0].shape[:2])
     left, top = (width if texts else 0), (22 if titles else 0)
     page = Image.new("RGB", (left + (w + 2) * len(rows[0]), top + (h + 2) * len(rows)), "white")
     draw = ImageDraw.Draw(page)

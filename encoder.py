@@ -425,7 +425,7 @@ def main():
         checkpoint = load_checkpoint(path, "encoder")
     else:
         side = "features" if args.image_features else args.image_encoder
-        checkpoint = train_encoder(ds, device, args.steps, args.cnn_dim, side, args.image_features, args.seed)
+        checkpoint = train_encoder(ds, device, args.steps, args.cnn_dim, image_side=side, image_features=args.image_features, seed=args.seed)
         save_checkpoint(path, **checkpoint)
         print(f"wrote {path}")
     features = frozen_features(ds, checkpoint["settings"]["image_side"], args.image_features, device)

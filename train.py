@@ -33,11 +33,11 @@ RECIPES = {
     # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of what it gained
     # there: the text of a picture is the mean of several of its captions (the authors' code: 4); G learns faster than D; D sees
     # augmented pictures; G is rewarded for heeding z; samples come from an average of G's weights over the last steps.
-    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, near=10, decay=True),
+    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.03, average=0.998, near=10, decay=True),
 }
 
-TOY_STEPS = 4000                                # some 11 minutes on two cores
-STYLE_STEPS = 600                               # of the style encoder
+TOY_STEPS = 6500                                # some 11 minutes on two cores
+STYLE_STEPS = 1200                              # of the style encoder
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
 # ---- Batches ---------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def main():
         "(default: quick for toy, else paper)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
-    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 4000)")
+    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6500)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 32)")
