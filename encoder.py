@@ -272,12 +272,13 @@ def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", i
         mean_loss += (loss.item() - mean_loss) / min(step, 50)
         if step % 100 == 0 or step == steps:
             log(f"text encoder: step {step}/{steps}  loss {mean_loss:.3f}  {(time.time() - began) / step * 1000:.0f} ms a step")
-    whiten(phi, v, [t for i in ds.split(False) for t in ds.captions[i]])
+    texts = [t for i in ds.split(False) for t in ds.captions[i]]
+    whiten(phi, v, texts[::1 + len(texts) // 20_000])           # some 20,000 captions are enough for a covariance
     return dict(kind="encoder", phi=phi.state_dict(), v=v.state_dict(), settings=dict(
         dataset=ds.name, cnn_dim=cnn_dim, steps=steps, seed=seed, image_side=image_side))
 
 @torch.no_grad()
-def whiten(phi, v, texts, floor=0.005):
+def whiten(phi, v, texts, floor=0.02):
     """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction
     (those below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every
     score v . phi(t) stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose

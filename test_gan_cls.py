@@ -1008,7 +1008,7 @@ def test_whitening_changes_no_score():
         assert float(h.square().mean()) == pytest.approx(0.25, rel=1e-2)
         assert (v(x) @ h.T - before).abs().max() < 0.02 * before.abs().max()
         values = torch.linalg.eigvalsh(torch.cov(h.T))
-        assert values[-5] > 0.5 * values[-1]                    # before, the first direction held nearly all
+        assert values[-1] < 0.5 * values.sum()                  # before, the first direction held most of it
 
 
 def test_sampling_modes(tiny):

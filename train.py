@@ -30,9 +30,11 @@ VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, 
 RECIPES = {
     # [A] section 5, nothing else: the default for photographs.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, near=0, decay=False),
-    # departs from the paper: what turns its 600 epochs into a few minutes, the default for toy. In the order of what it gained
-    # there: the text of a picture is the mean of several of its captions (the authors' code: 4); G learns faster than D; D sees
-    # augmented pictures; G is rewarded for heeding z; samples come from an average of G's weights over the last steps.
+    # departs from the paper, in what turns its 600 epochs into minutes; the default for toy. Smaller batches, so more steps; G
+    # learns faster than D, and both slow down over the last half; the text of a picture is the mean of several of its captions
+    # (the authors' code: 4); D sees augmented pictures; half of the wrong texts are of one of the `near` classes most alike,
+    # whose colours differ in one part; G is rewarded for heeding z; samples come from an average of G's last weights. They were
+    # found together, not measured one by one.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.03, average=0.998, near=10, decay=True),
 }
 
