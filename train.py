@@ -1,7 +1,7 @@
 """Train the four models of the paper: GAN, GAN-CLS, GAN-INT and GAN-INT-CLS, then the style encoder S.
 
     python train.py                                 # cartoon birds, from nothing to pictures
-    python train.py --dataset cub                   # the paper's birds, by the paper's recipe
+    python train.py --dataset cub --recipe paper    # the paper's birds, by the paper's recipe
     python train.py --variant gan-cls --steps 2000
     python train.py --resume                        # go on with a run that was stopped
 
@@ -28,9 +28,9 @@ from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan
 VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
 
 RECIPES = {
-    # [A] section 5, nothing else: the default for photographs.
+    # [A] section 5, nothing else: --recipe paper.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, near=0, decay=False),
-    # departs from the paper, in what turns its 600 epochs into minutes; the default for toy. Smaller batches, so more steps; G
+    # departs from the paper, in what turns its 600 epochs into minutes. Smaller batches, so more steps; G
     # learns faster than D, and both slow down over the last half; the text of a picture is the mean of several of its captions
     # (the authors' code: 4); D sees augmented pictures; half of the wrong texts are of one of the `near` classes most alike,
     # whose colours differ in one part; G is rewarded for heeding z; samples come from an average of G's last weights. They were
@@ -409,7 +409,7 @@ def plain_step(run, x, h, h_wrong):
 def benchmark(device, args):
     """Time the step on random data. Prints; writes nothing."""
     wide, B = device.type == "cuda", args.batch_size or 64
-    settings = dict(variant=args.variant, recipe=args.recipe or "paper", batch_size=B, seed=args.seed, precision=args.precision,
+    settings = dict(variant=args.variant, recipe=args.recipe, batch_size=B, seed=args.seed, precision=args.precision,
                     ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
     n = max(2048, 2 * B)
     ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
@@ -467,8 +467,7 @@ def main():
     add("--dataset", default="toy", help="toy, cub, flowers or a folder of pictures with captions")
     add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers, brought by hand")
     add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models")
-    add("--recipe", choices=RECIPES, help="paper: section 5 as it stands; quick: with what makes few steps enough "
-        "(default: quick for toy, else paper)")
+    add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick: with what makes few steps enough")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6500)")
@@ -548,10 +547,9 @@ def choose_settings(args, variant, seed, pictures, device):
     wide = device.type == "cuda"
     if not wide and not (args.ngf and args.ndf):
         print("no CUDA device: training at ngf = ndf = 32 (the paper: 128 and 64; --ngf and --ndf choose)")
-    recipe = args.recipe or ("quick" if args.dataset == "toy" else "paper")
-    batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], pictures)
+    batch_size = min(args.batch_size or RECIPES[args.recipe]["batch_size"], pictures)
     steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
-    return dict(dataset=args.dataset, variant=variant, recipe=recipe,
+    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe,
                 batch_size=batch_size, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32),
                 seed=seed, precision=args.precision, steps=steps)
 
