@@ -43,6 +43,14 @@ def run(main):
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
+def number(low, high):
+    """For argparse: a whole number from low to high."""
+    def parse(text):
+        if not text.isdecimal() or len(text) > 20 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:,} to {high:,}, got {text[:40]!r}")
+        return int(text)
+    return parse
+
 def write_atomically(path, write):
     """`write(file)` into `path`, whole or not at all: first beside it, then renamed over it."""
     path = Path(path)

@@ -219,6 +219,14 @@ FORMAT = 1
 def save_checkpoint(path, **content):
     write_atomically(path, lambda f: torch.save(dict(format=FORMAT, **content), f))
 
+def load_into(make, state):
+    """A network made by `make()`, with the weights of a checkpoint, in 32 bits. It is made without memory ("meta"), so that settings
+    that ask for a monster fail on their shapes, not on the machine."""
+    with torch.device("meta"):
+        net = make()
+    net.load_state_dict(state, assign=True)
+    return net.float()
+
 def load_checkpoint(path, kind):
     """Read a file that `save_checkpoint` wrote; kind is "gan-cls" or "encoder". Raises UserError."""
     try:
@@ -300,14 +308,11 @@ def build(checkpoint, device="cpu"):
     """(phi, v) of an encoder's checkpoint, ready to use. Raises UserError if it is not one."""
     try:
         settings = checkpoint["settings"]
-        phi = CharCNNRNN(settings["cnn_dim"])
-        v = image_encoder(settings["image_side"])
-        phi.load_state_dict(checkpoint["phi"])
-        if "v" in checkpoint:                                   # weights/ hold phi alone
-            v.load_state_dict(checkpoint["v"])
+        phi = load_into(lambda: CharCNNRNN(settings["cnn_dim"]), checkpoint["phi"])
+        v = load_into(lambda: image_encoder(settings["image_side"]), checkpoint["v"]) if "v" in checkpoint else None  # weights/ hold phi alone
     except Exception as error:              # whatever a file of another sort may bring about
         raise UserError(f"this file does not hold a text encoder of this version ({type(error).__name__}: {error})") from None
-    return phi.to(device).eval(), v.to(device, memory_format=torch.channels_last).eval()
+    return phi.to(device).eval(), v and v.to(device, memory_format=torch.channels_last).eval()
 
 @torch.no_grad()
 def embed_pictures(v, x):
@@ -407,16 +412,16 @@ def verify_style(emb, pairs):
     return float(np.mean([auc((emb[i] * emb[j]).sum(1), same) for i, j, same in pairs]))
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.")
     add = parser.add_argument
-    add("--dataset", default="toy", help="toy, cub, flowers or a folder")
+    add("--dataset", default="toy", help="toy, cub, flowers or a folder (default: toy)")
     add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
-    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side (paper: googlenet)")
+    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side (default: conv; paper: googlenet)")
     add("--image-features", metavar="FILE.npy", help="image side as given features, a row a picture")
-    add("--steps", type=int, default=600)
-    add("--cnn-dim", type=int, default=512, help="width of phi")
-    add("--seed", type=int, default=0)
-    add("--device", type=pick_device, default="auto")
+    add("--steps", type=data.number(1, 10_000_000), default=600, help="default: 600")
+    add("--cnn-dim", type=data.number(1, 4096), default=512, help="width of phi (default: 512, the GAN paper's)")
+    add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
+    add("--device", type=pick_device, default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
     add("--evaluate", action="store_true", help="measure the one that is there")
     args = parser.parse_args()

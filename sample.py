@@ -14,7 +14,7 @@ import torch
 import data
 import encoder
 from data import UserError, read_picture, save_picture, sheet
-from encoder import centre_crops, embed, load_checkpoint, to_pixels
+from encoder import centre_crops, embed, load_checkpoint, load_into, to_pixels
 from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
 
 class Model:
@@ -24,12 +24,12 @@ class Model:
         checkpoint = load_checkpoint(path, "gan-cls")
         try:
             self.settings = checkpoint["settings"]
-            self.G, self.S = Generator(self.settings["ngf"]), StyleEncoder() if checkpoint["S"] else None
-            self.G.load_state_dict(checkpoint["average"])
-            if self.S:
-                self.S.load_state_dict(checkpoint["S"])
+            self.G = load_into(lambda: Generator(self.settings["ngf"]), checkpoint["average"])
+            self.S = load_into(StyleEncoder, checkpoint["S"]) if checkpoint["S"] else None
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        except UserError:
+            raise
+        except Exception as error:      # whatever a file of another sort may bring about
             raise UserError(f"{path} does not fit this version's networks ({type(error).__name__})") from None
         self.device = device
         self.G.to(device).eval()
@@ -67,8 +67,8 @@ def main():
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXT", help="what to draw, a row each")
     add("--weights", metavar="FILE", help="a run's checkpoint.pt, or a name in weights/ (default: the newest run)")
-    add("--n", type=int, default=8, help="pictures a text (default: 8)")
-    add("--seed", type=int, default=0, help="seed of the noises: the same seed gives the same file")
+    add("--n", type=data.number(1, 64), default=8, help="pictures a text (default: 8)")
+    add("--seed", type=data.number(0, 2 ** 31), default=0, help="seed of the noises: the same seed gives the same file")
     add("--out", type=Path, default=Path("sample.png"), help="where to write (default: sample.png)")
     add("--device", type=pick_device, default="auto")
     mode = parser.add_mutually_exclusive_group()
@@ -76,10 +76,6 @@ def main():
     mode.add_argument("--interpolate-style", action="store_true", help="move between noises: a row a text")
     mode.add_argument("--style", nargs="+", metavar="PICTURE", help="take the style of these pictures, a column each")
     args = parser.parse_args()
-    if not 1 <= args.n <= 64:
-        raise UserError(f"--n is {args.n}: expected 1 to 64")
-    if not 0 <= args.seed < 2 ** 63:
-        raise UserError(f"--seed is {args.seed}: expected 0 to 2^63 - 1")
     texts = [" ".join(t.split()) for t in args.texts]
     if not all(texts):
         raise UserError("an empty text describes no picture: say what to draw")

@@ -462,22 +462,22 @@ def benchmark(device, args):
         print(f"  {what:30} {value}")
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="toy", help="toy, cub, flowers or a folder of pictures with captions")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add, positive = parser.add_argument, data.number(1, 10_000_000)
+    add("--dataset", default="toy", help="toy, cub, flowers or a folder of pictures with captions (default: toy)")
     add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers, brought by hand")
-    add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models")
-    add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick: with what makes few steps enough")
+    add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
+    add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick (default): with what makes few steps enough")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6500)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 32)")
-    add("--device", type=pick_device, default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions")
-    add("--seed", type=int, default=0)
-    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (paper: googlenet)")
+    add("--device", type=pick_device, default="auto", help="auto (default), cpu, cuda or cuda:1")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
+    add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
+    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (default: conv; paper: googlenet)")
     add("--image-features", metavar="FILE.npy", help="its image side as given features, a row a picture")
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -558,11 +558,6 @@ def sample_pictures(ds, n=6):
     rng = np.random.default_rng(0)
     classes = np.flatnonzero(ds.unseen) if ds.unseen.any() else np.arange(len(ds.class_names))
     return [rng.choice(np.flatnonzero(ds.labels == c)) for c in rng.permutation(classes)[:n]]
-
-def positive(text):
-    if not text.isdecimal() or not 0 < int(text) <= 10_000_000:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 to 10,000,000, got {text!r}")
-    return int(text)
 
 if __name__ == "__main__":
     data.run(main)
