@@ -2,12 +2,12 @@
 
 Read this file with the paper open: it goes in the paper's order.
 
-    4    the game, eq. 1             -> the two losses without text
     4.1  network architecture        -> Generator, Discriminator
-    4.2  GAN-CLS, Algorithm 1        -> discriminator_loss, generator_loss, gan_cls_step
+    4.2  GAN-CLS; and eq. 1          -> discriminator_loss, generator_loss
     4.3  GAN-INT, eq. 5              -> interpolate
+         Algorithm 1                 -> gan_cls_step, with both
     4.4  style transfer, eq. 6       -> StyleEncoder, style_loss
-    --   what is not in the paper    -> augment, mode_seeking_loss, Average
+    --   what is not in the paper    -> augment, mode_seeking_loss; pick_device, pick_autocast
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the picture, z the noise,
