@@ -133,7 +133,7 @@ def toy_species(rng, count):
     species = dict.fromkeys((c, c, c, c) for c in names)    # one of each single colour
     while len(species) < count:                             # in the others most parts look like the body, as in birds
         body = rng.choice(names)
-        species[(body, *(body if rng.random() < 0.75 else rng.choice(names) for _ in range(3)))] = None
+        species[(body, *(body if rng.random() < 0.6 else rng.choice(names) for _ in range(3)))] = None
     keys = list(species)
     rng.shuffle(keys)                                  # so that some plain ones are unseen
     return [dict(zip(("body", "wing", "crown", "belly"), k), bill=rng.choice(list(BILLS)),

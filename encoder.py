@@ -286,7 +286,7 @@ def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", i
         dataset=ds.name, cnn_dim=cnn_dim, steps=steps, seed=seed, image_side=image_side))
 
 @torch.no_grad()
-def whiten(phi, v, texts, floor=0.02):
+def whiten(phi, v, texts, floor=0.005):
     """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction
     (those below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every
     score v . phi(t) stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose

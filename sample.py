@@ -60,7 +60,7 @@ def find_weights(name):
         if not runs:
             raise UserError("there is no run yet: train one first with  python train.py")
         return runs[-1]
-    return Path(name) if Path(name).exists() or not Path(f"weights/{name}.pt").is_file() else Path(f"weights/{name}.pt")
+    return Path(name) if Path(name).is_file() or not Path(f"weights/{name}.pt").is_file() else Path(f"weights/{name}.pt")
 
 def main():
     parser = argparse.ArgumentParser(description="Draw pictures from sentences.")

@@ -1105,6 +1105,11 @@ def tally(request):
 OFTEN = "import data, train; train.EVERY.update(log=1, sample=7, save=2); train.STYLE_STEPS = 3; data.run(train.main)"
 
 
+def small_encoder(folder):
+    """What a run started by `start` finds there, so that it need not train a real one."""
+    train.get_encoder(data.load(str(folder / "mine")), folder / "runs/mine-encoder.pt", torch.device("cpu"))
+
+
 def start(folder, code, *args):
     environment = dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=folder, env=environment,
@@ -1114,6 +1119,7 @@ def start(folder, code, *args):
 def test_killed_runs_resume_to_the_same_weights(tiny):
     """kill -9 at random moments of a real run, again and again; what comes out is the unbroken run's."""
     rng, steps = random.Random(0), 60
+    small_encoder(tiny)
     run = start(tiny, OFTEN, *TINY, "--steps", steps, "--out", "whole")
     assert "done" in run.communicate()[0]
     kills = 0
@@ -1138,6 +1144,7 @@ def test_killed_runs_resume_to_the_same_weights(tiny):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny):
+    small_encoder(tiny)
     run = start(tiny, OFTEN, *TINY, "--steps", 100000, "--out", "run")
     for line in run.stdout:
         if line.startswith("step 5/"):
