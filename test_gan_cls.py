@@ -854,6 +854,7 @@ def test_a_run_from_start_to_picture(tiny, capsys):
     assert call(train, *TINY, "--steps", 8, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "loss_D" in out and "D(wrong)" in out and "pictures/s" in out
+    assert {p.name for p in tiny.iterdir()} == {"mine", "cache", "run"}         # nothing is written elsewhere
     assert sorted(p.name for p in (tiny / "run/samples").iterdir()) == ["000004.png", "000008.png"]
     assert Image.open(tiny / "run/loss.png").size == (720, 360)
     assert call(sample, "an all black bird", "日本 🐦 UPPER", "x" * 5000, "--weights", "run/checkpoint.pt", "--n", 3, "--out", "a.png") == 0

@@ -513,7 +513,8 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
         settings["steps"] = args.steps or settings["steps"]
     else:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
-        trained = get_encoder(ds, Path("runs") / f"{name}-encoder.pt", device, image_features=args.image_features,
+        shared = Path("runs") / f"{name}-encoder.pt"        # for all runs on a data set; with --out nothing is written elsewhere
+        trained = get_encoder(ds, shared if shared.exists() or not args.out else out_dir / "encoder.pt", device, image_features=args.image_features,
                               image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
     run = Trainer(settings, device, trained)
