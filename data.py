@@ -199,8 +199,7 @@ def toy_draw(rng, bird):
 
 def toy_pictures(number, bird, label):
     """The 40 pictures of one species. It has a random state of its own, so that processes can share the work."""
-    rng = random.Random(number)
-    out = []
+    rng, out = random.Random(number), []
     for i in range(40):
         pixels, box, keypoints = toy_draw(rng, bird)
         out.append(Picture(pixels, toy_captions(rng, bird), label, 40 * number + i, box, keypoints))
@@ -563,9 +562,8 @@ def main():
     parser.add_argument("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
     args = parser.parse_args()
     ds = load(args.dataset, args.source)
-    train, test = ds.split(False), ds.split(True)
     print(f"{args.dataset}: {len(ds.images):,} pictures, {sum(map(len, ds.captions)):,} captions, {len(ds.class_names)} classes")
-    print(f"  training: {len(train):,} pictures of {(~ds.unseen).sum()} classes; unseen: {len(test):,} of {ds.unseen.sum()}")
+    print(f"  training: {len(ds.split(False)):,} pictures of {(~ds.unseen).sum()} classes; unseen: {len(ds.split(True)):,} of {ds.unseen.sum()}")
     print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {'no' if ds.boxes is None else 'yes'}; "
           f"keypoints: {'no' if ds.keypoints is None else 'yes'}")
     for line in ds.skipped[:10] + ([f"... {len(ds.skipped)} in all, listed in meta.json of the cache"] if len(ds.skipped) > 10 else []):

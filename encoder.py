@@ -10,7 +10,7 @@ frozen features. Both are trained so that v(x) . phi(t) is large where t describ
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 """
 
-import argparse, json, time, warnings
+import argparse, contextlib, json, time, warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -219,12 +219,22 @@ FORMAT = 1
 def save_checkpoint(path, **content):
     write_atomically(path, lambda f: torch.save(dict(format=FORMAT, **content), f))
 
+@contextlib.contextmanager
+def fitting(what):
+    """Inside it any failure is a UserError: the contents of a file of another sort may bring about whatever they please."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} does not fit this version's networks ({type(error).__name__})") from None
+
 def load_into(make, state):
     """A network made by `make()`, with the weights of a checkpoint, in 32 bits. It is made without memory ("meta"), so that settings
     that ask for a monster fail on their shapes, not on the machine."""
     with torch.device("meta"):
         net = make()
-    net.load_state_dict(state, assign=True)
+    net.load_state_dict(dict(state), assign=True)   # a copy: torch notes "assign" in state itself, for whoever loads it next
     return net.float()
 
 def load_checkpoint(path, kind):
@@ -306,12 +316,10 @@ def caption_starts(ds):
 
 def build(checkpoint, device="cpu"):
     """(phi, v) of an encoder's checkpoint, ready to use. Raises UserError if it is not one."""
-    try:
+    with fitting("this text encoder"):
         settings = checkpoint["settings"]
         phi = load_into(lambda: CharCNNRNN(settings["cnn_dim"]), checkpoint["phi"])
         v = load_into(lambda: image_encoder(settings["image_side"]), checkpoint["v"]) if "v" in checkpoint else None  # weights/ hold phi alone
-    except Exception as error:              # whatever a file of another sort may bring about
-        raise UserError(f"this file does not hold a text encoder of this version ({type(error).__name__}: {error})") from None
     return phi.to(device).eval(), v and v.to(device, memory_format=torch.channels_last).eval()
 
 @torch.no_grad()
@@ -368,8 +376,7 @@ def kmeans(points, k, seed=0, rounds=50):
 
 def roc(scores, same):
     """Scores (N,) and truth (N,) bool -> false and true positive rates (N + 1,), the strictest threshold first."""
-    best = scores.argsort(descending=True)
-    hits = same[best].double()
+    hits = same[scores.argsort(descending=True)].double()
     zero = torch.zeros(1, dtype=torch.double)
     return tuple(torch.cat([zero, c.cumsum(0) / c.sum()]) for c in (1 - hits, hits))
 
@@ -397,8 +404,7 @@ def style_groups(ds, index, k=100):
 
 def style_pairs(group, folds=5, pairs=5000, seed=0):
     """For each fold of the pictures, pairs (i, j): half of one group, half of two. List of (i, j, same)."""
-    rng, out = np.random.default_rng(seed), []
-    group = group.numpy()
+    rng, group, out = np.random.default_rng(seed), group.numpy(), []
     for members in np.array_split(rng.permutation(np.flatnonzero(group >= 0)), folds):
         i, j = rng.choice(members, (2, 200 * pairs))
         same = group[i] == group[j]
@@ -408,8 +414,7 @@ def style_pairs(group, folds=5, pairs=5000, seed=0):
 
 def verify_style(emb, pairs):
     """Area under the ROC curve, mean over folds, when the score of a pair is the cosine of its rows of emb (N, d)."""
-    emb = F.normalize(emb.float(), dim=1)
-    return float(np.mean([auc((emb[i] * emb[j]).sum(1), same) for i, j, same in pairs]))
+    return float(np.mean([auc(F.cosine_similarity(emb[i], emb[j]), same) for i, j, same in pairs]))
 
 def main():
     parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.")
@@ -434,8 +439,9 @@ def main():
         checkpoint = train_encoder(ds, device, args.steps, args.cnn_dim, image_side=side, image_features=args.image_features, seed=args.seed)
         save_checkpoint(path, **checkpoint)
         print(f"wrote {path}")
+    phi, v = build(checkpoint, device)
     features = frozen_features(ds, checkpoint["settings"]["image_side"], args.image_features, device)
-    result = evaluate(ds, *build(checkpoint, device), features, device)
+    result = evaluate(ds, phi, v, features, device)
     for key, value in result.items():
         print(f"  {key:16} {value:.3f}")
     print(json.dumps(dict(dataset=args.dataset, **{k: round(v, 4) for k, v in result.items()})))

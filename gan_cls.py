@@ -261,6 +261,8 @@ def mode_seeking_loss(z1, z2, x1, x2):
     return (far_z / (far_x + 0.05)).mean()
 
 # ---- The machine: where to compute, and in how many bits -------------------------------------
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 def pick_device(name="auto"):
     """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what torch does not have here."""
     if name == "auto":
@@ -283,8 +285,7 @@ def pick_autocast(device, precision="auto"):
             precision = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
         else:
             precision = "bf16" if cpu_has_bf16() else "fp32"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    amp = torch.autocast(device.type, dtype) if precision != "fp32" else contextlib.nullcontext()
+    amp = torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else contextlib.nullcontext()
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16"), precision
 
 def cpu_has_bf16():

@@ -14,7 +14,7 @@ import torch
 import data
 import encoder
 from data import UserError, read_picture, save_picture, sheet
-from encoder import centre_crops, embed, load_checkpoint, load_into, to_pixels
+from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, to_pixels
 from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
 
 class Model:
@@ -22,15 +22,11 @@ class Model:
 
     def __init__(self, path, device="cpu"):
         checkpoint = load_checkpoint(path, "gan-cls")
-        try:
+        with fitting(path):
             self.settings = checkpoint["settings"]
             self.G = load_into(lambda: Generator(self.settings["ngf"]), checkpoint["average"])
             self.S = load_into(StyleEncoder, checkpoint["S"]) if checkpoint["S"] else None
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
-        except UserError:
-            raise
-        except Exception as error:      # whatever a file of another sort may bring about
-            raise UserError(f"{path} does not fit this version's networks ({type(error).__name__})") from None
         self.device = device
         self.G.to(device).eval()
         if self.S:

@@ -919,6 +919,13 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     torch.save(dict(kind="other"), tiny / "other.pt")
     torch.save(dict(kind="gan-cls", format=99), tiny / "old.pt")
     torch.save(dict(kind="gan-cls", format=encoder.FORMAT, settings=dict(ngf=3)), tiny / "short.pt")
+    torch.save(dict(kind="encoder", format=encoder.FORMAT), tiny / "noset.pt")
+    whole = torch.load(tiny / "run/checkpoint.pt", weights_only=True)
+    for name, content in (("short", dict(kind="gan-cls", format=encoder.FORMAT, settings=dict(ngf=3))),
+                          ("wide", dict(whole, settings=dict(whole["settings"], ngf=10 ** 6))),
+                          ("recipe", dict(whole, settings=dict(whole["settings"], recipe=["quick"])))):
+        (tiny / name).mkdir()
+        torch.save(content, tiny / name / "checkpoint.pt")
     text = "an all black bird"
     cases = [
         (data, ["--dataset", "nowhere"], "unknown data set"),
@@ -949,6 +956,12 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (sample, [text, "--weights", "run/checkpoint.pt", "--interpolate"], "expected 2"),
         (sample, [text, "--weights", "run/checkpoint.pt", "--style", "broken/a.jpg"], "cannot read the picture"),
         (encoder, ["--dataset", "mine", "--image-features", "text.pt"], "cannot read features"),
+        (encoder, ["--dataset", "mine", "--evaluate", "--out", "noset.pt"], "does not fit"),
+        (train, ["--out", "run", "--export", "../x"], "not a path"),
+        (train, ["--out", "short", "--resume"], "does not fit"),
+        (train, ["--out", "short", "--export", "x"], "does not fit"),
+        (train, ["--out", "wide", "--resume"], "does not fit"),
+        (train, ["--out", "recipe", "--resume"], "does not fit"),
     ]
     capsys.readouterr()
     for module, args, message in cases:

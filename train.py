@@ -20,9 +20,8 @@ from PIL import Image, ImageDraw
 import data
 import encoder
 from data import UserError, save_picture, sheet
-from encoder import centre_crops, embed, load_checkpoint, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
-from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast,
-                     pick_device, style_loss)
+from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
+from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, pick_device, style_loss
 
 # variant: (matching-aware, interpolated). One loop, two switches.
 VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
@@ -30,11 +29,10 @@ VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, 
 RECIPES = {
     # [A] section 5, nothing else: --recipe paper.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, near=0, decay=False),
-    # departs from the paper, in what turns its 600 epochs into minutes. Smaller batches, so more steps; G
-    # learns faster than D, and both slow down over the last half; the text of a picture is the mean of several of its captions
-    # (the authors' code: 4); D sees augmented pictures; half of the wrong texts are of one of the `near` classes most alike,
-    # whose colours differ in one part; G is rewarded for heeding z; samples come from an average of G's last weights. They were
-    # found together, not measured one by one.
+    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G learns faster than D, and both
+    # slow down over the last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees
+    # augmented pictures; half of the wrong texts are of one of the `near` classes most alike; G is rewarded for heeding z; samples
+    # come from an average of G's last weights. They were found together, not measured one by one.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, near=10, decay=True),
 }
 
@@ -60,8 +58,7 @@ class Batches:
         self.first = self.size.cumsum(0) - self.size
         self.near = None
         if near:
-            every = [self.texts(self.order[self.class_of == c][:16]).mean(0) for c in range(len(size))]
-            every = torch.stack(every)                                           # (classes, 1024)
+            every = torch.stack([self.texts(self.order[self.class_of == c][:16]).mean(0) for c in range(len(size))])   # (classes, 1024)
             self.near = torch.cat([torch.cdist(m, every).topk(min(near, len(size) - 1) + 1, largest=False).indices[:, 1:]
                                    for m in every.split(500)])                   # (classes, near): not itself
 
@@ -86,11 +83,9 @@ class Batches:
 
 def get_encoder(ds, path, device, log=print, **options):
     """The text encoder's checkpoint at `path`, trained first when it is not there."""
-    if path.exists():
-        log(f"text encoder: {path}")
-        return load_checkpoint(path, "encoder")
-    log(f"text encoder: none at {path} yet, training one")
-    save_checkpoint(path, **encoder.train_encoder(ds, device, log=log, **options))
+    log(f"text encoder: {path}" + ("" if path.exists() else " is not there yet, training one"))
+    if not path.exists():
+        save_checkpoint(path, **encoder.train_encoder(ds, device, log=log, **options))
     return load_checkpoint(path, "encoder")
 
 # ---- Pictures of the progress ----------------------------------------------------------------
@@ -98,8 +93,7 @@ COLOURS = ("black", "red", "green", "orange", "blue")
 
 def plot(panels, path, size=360):
     """Line plots side by side, as a picture: panels is a list of {name: (xs, ys)}; both axes begin at 0."""
-    page = Image.new("RGB", (size * len(panels), size), "white")
-    pen = ImageDraw.Draw(page)
+    pen = ImageDraw.Draw(page := Image.new("RGB", (size * len(panels), size), "white"))
     for n, lines in enumerate(panels):
         left, right, top, bottom = n * size + 45, (n + 1) * size - 15, 20 + 14 * len(lines), size - 30
         wide, high = (max(1e-9, max(float(v) for line in lines.values() for v in line[axis])) for axis in (0, 1))
@@ -155,8 +149,7 @@ class Trainer:
             group.update(lr=group["lr"].to(self.device), capturable=self.device.type == "cuda")
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         if checkpoint["S"]:
-            self.S = StyleEncoder().to(self.device, memory_format=torch.channels_last).eval()
-            self.S.load_state_dict(checkpoint["S"])
+            self.S = load_into(StyleEncoder, checkpoint["S"]).to(self.device, memory_format=torch.channels_last).eval()
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda" and checkpoint["cuda_rng"]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
@@ -222,8 +215,7 @@ class Trainer:
 def train(run, batches, out_dir, show, log=print):
     """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
     s, start, began = run.settings, time.time(), run.step
-    B, n = s["batch_size"], len(batches)
-    per_epoch = n // B
+    B, n, per_epoch = s["batch_size"], len(batches), len(batches) // s["batch_size"]
     stop = []                           # Ctrl-C and kill: finish the step, save, go
     handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -271,10 +263,10 @@ def train_style_encoder(run, batches, steps, log=print):
     B, start = run.settings["batch_size"], time.time()
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
-        places = torch.randint(len(batches), (B,), device=run.device)
+        pictures = batches.order[torch.randint(len(batches), (B,), device=run.device)]
         with run.amp:
             with torch.no_grad():
-                x = run.average(z, batches.texts(batches.order[places]))
+                x = run.average(z, batches.texts(pictures))
             loss = style_loss(z, S(x))
         optimiser.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -296,16 +288,16 @@ def paint(G, h, seed=0):
 
 @torch.no_grad()
 def measure(ds, batches, G, S, scorer, groups, device):
-    """Numbers of one trained model on the unseen classes -> dict. scorer: an encoder's checkpoint that had no part in the
-    training of G; groups: {name: pairs} of style verification."""
+    """One trained model on the unseen classes -> dict of numbers, and S of the real pictures (n, 100). scorer: an encoder's
+    checkpoint that had no part in the training of G; groups: {name: pairs} of style verification."""
     phi, v = encoder.build(scorer, device)
     index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
     real, fake = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device)))
     out = {}
     for name, x in (("real", real), ("fake", fake)):
-        for k in (1, 5):
-            out[f"top-{k} {name}"] = encoder.top(k, encoder.embed_pictures(v, x).cpu(), labels, classes, means)
+        emb = encoder.embed_pictures(v, x).cpu()
+        out.update({f"top-{k} {name}": encoder.top(k, emb, labels, classes, means) for k in (1, 5)})
     # Spread: standard deviation of a pixel over 16 noises of one text, against that over the pictures of one class.
     firsts = torch.stack([index[labels == c][0] for c in classes]).to(device)
     drawn = paint(G, batches.texts(firsts).repeat_interleave(16, 0), seed=1).unflatten(0, (-1, 16))
@@ -315,10 +307,11 @@ def measure(ds, batches, G, S, scorer, groups, device):
     out["Frechet"] = encoder.frechet_distance(tower(fake).mean((2, 3)), tower(real).mean((2, 3)))
     if ds.keypoints is not None:
         out.update(measure_transfer(ds, batches, G, S, index, tower, device))
+    s = S(real).cpu()
     for name, pairs in groups.items():
-        out[f"AUC {name}"] = encoder.verify_style(S(real).cpu(), pairs)
+        out[f"AUC {name}"] = encoder.verify_style(s, pairs)
         out[f"AUC {name}, captions"] = encoder.verify_style(batches.texts(index.to(device)).cpu(), pairs)
-    return out
+    return out, s
 
 def measure_transfer(ds, batches, G, S, index, tower, device):
     """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the
@@ -338,14 +331,17 @@ def measure_transfer(ds, batches, G, S, index, tower, device):
             "  probe on real ones": ((columns(x) @ probe).sign()[:, 0] == facing[query]).float().mean().item()}
 
 def export(args, path):
-    """What sampling needs of a run, in half precision, to weights/NAME.pt."""
-    run = load_checkpoint(path, "gan-cls")
-    if not run["S"]:
-        raise UserError(f"{path} is not finished: let it go on with --resume")
+    """What sampling needs of a run, in half precision, to weights/NAME.pt. Raises UserError."""
+    run, out = load_checkpoint(path, "gan-cls"), Path("weights") / f"{args.export}.pt"
+    if Path(args.export).name != args.export:
+        raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
     half = lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    phi = dict(kind="encoder", settings=run["encoder"]["settings"], phi=half(run["encoder"]["phi"]))
-    out = Path("weights") / f"{args.export}.pt"
-    save_checkpoint(out, kind="gan-cls", settings=run["settings"], step=run["step"], average=half(run["average"]), S=half(run["S"]), encoder=phi)
+    with fitting(path):
+        if not run["S"]:
+            raise UserError(f"{path} is not finished: let it go on with --resume")
+        phi = dict(kind="encoder", settings=run["encoder"]["settings"], phi=half(run["encoder"]["phi"]))
+        run = dict(kind="gan-cls", settings=run["settings"], step=run["step"], average=half(run["average"]), S=half(run["S"]), encoder=phi)
+    save_checkpoint(out, **run)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 def compare(args):
@@ -355,29 +351,27 @@ def compare(args):
     rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
     for variant in variants:
         for seed in range(args.compare or 1):
-            path = Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else "")) / "checkpoint.pt"
-            ds, batches, run = run_one(args, variant, seed, path.parent, resume=path.exists())
+            folder = run_folder(args, variant, seed)
+            ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
             if not ds.unseen.any():
                 raise UserError(f"{name} has no unseen classes to compare on")
-            index = ds.split(True)
             if not columns:
                 # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
                 scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
                 groups = {}
                 if ds.boxes is not None and ds.keypoints is not None:
-                    groups = {k: encoder.style_pairs(g) for k, g in zip(("background", "pose"), encoder.style_groups(ds, index))}
+                    groups = {k: encoder.style_pairs(g) for k, g in zip(("background", "pose"), encoder.style_groups(ds, ds.split(True)))}
                 shown = sample_pictures(ds, 8)
                 texts = [ds.captions[i][0] for i in shown]
-                columns.append([np.array(ds.images[i][6:70, 6:70]) for i in shown])
-            rows.setdefault(variant, []).append(measure(ds, batches, run.average, run.S, scorer, groups, device))
+                columns.append(to_pixels(centre_crops(batches.images, torch.tensor(shown, device=device))))
+            numbers, s = measure(ds, batches, run.average, run.S, scorer, groups, device)
+            rows.setdefault(variant, []).append(numbers)
             if seed == 0:
                 phi, _ = encoder.build(run.encoder, device)
-                columns.append(list(to_pixels(paint(run.average, embed(phi, texts), seed=3))))
-                with torch.no_grad():
-                    s = F.normalize(run.S(centre_crops(batches.images, torch.from_numpy(index).to(device))).cpu(), dim=1)
+                columns.append(to_pixels(paint(run.average, embed(phi, texts), seed=3)))
                 for lines, (kind, pairs) in zip(curves, groups.items()):
                     i, j, same = (torch.cat(p) for p in zip(*pairs))
-                    lines[f"{variant}, {kind}"] = roc((s[i] * s[j]).sum(1), same)
+                    lines[f"{variant}, {kind}"] = roc(F.cosine_similarity(s[i], s[j]), same)
     out = Path("runs") / f"{name}-compare"
     save_picture(sheet(list(zip(*columns)), texts, ["real", *variants], scale=1.5), out / "models.png")
     if groups:
@@ -406,12 +400,11 @@ def plain_step(run, x, h, h_wrong):
     loss_G.backward()
     run.opt_G.step()
 
-def benchmark(device, args):
+def benchmark(args):
     """Time the step on random data. Prints; writes nothing."""
-    wide, B = device.type == "cuda", args.batch_size or 64
-    settings = dict(variant=args.variant, recipe=args.recipe, batch_size=B, seed=args.seed, precision=args.precision,
-                    ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
+    device, wide, B = args.device, args.device.type == "cuda", args.batch_size or 64
     n = max(2048, 2 * B)
+    settings = dict(choose_settings(args, args.variant, args.seed, n, device), batch_size=B)
     ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
                       [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     batches = Batches(ds, encoder.CharCNNRNN(8).to(device), device, RECIPES[settings["recipe"]]["captions"])
@@ -442,8 +435,8 @@ def benchmark(device, args):
         done()
     preparation = time.perf_counter() - began
     bare, loop = milliseconds(lambda: run.algorithm1(fixed)), milliseconds(lambda: run.train_step(batches, places()))
-    size, dtype = (8192 if wide else 2048), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[run.precision]
-    a = torch.randn(size, size, device=device).to(dtype)
+    size = 8192 if wide else 2048
+    a = torch.randn(size, size, device=device).to(DTYPES[run.precision])
     peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
     rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // 64)
     if wide:
@@ -489,45 +482,53 @@ def main():
     args = parser.parse_args()
 
     if args.benchmark:
-        return benchmark(args.device, args)
+        return benchmark(args)
     if args.compare or args.measure:
         return compare(args)
     if args.export:
-        return export(args, (args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-{args.variant}") / "checkpoint.pt")
+        return export(args, (args.out or run_folder(args, args.variant, args.seed)) / "checkpoint.pt")
     run_one(args, args.variant, args.seed, args.out, args.resume)
+
+def run_folder(args, variant, seed):
+    return Path("runs") / (f"{Path(args.dataset).resolve().name}-{variant}" + (f"-{seed}" if seed else ""))
 
 def run_one(args, variant, seed, out_dir=None, resume=False):
     """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
-    name = Path(args.dataset).resolve().name
-    out_dir = out_dir or Path("runs") / (f"{name}-{variant}" + (f"-{seed}" if seed else ""))
+    out_dir = out_dir or run_folder(args, variant, seed)
     path, device = out_dir / "checkpoint.pt", args.device
     if path.exists() and not resume:
         raise UserError(f"{path} is there already: add --resume to go on with it, or name another --out")
     if resume and not path.exists():
         raise UserError(f"nothing to resume: there is no {path}")
     checkpoint = load_checkpoint(path, "gan-cls") if resume else None
-    dataset = checkpoint["settings"]["dataset"] if resume else args.dataset
-    ds = data.load(dataset, args.source)
     if resume:
-        settings, trained = checkpoint["settings"], checkpoint["encoder"]
+        with fitting(path):             # before anything is made of it
+            settings, trained = checkpoint["settings"], checkpoint["encoder"]
+            for key, allowed in (("variant", VARIANTS), ("recipe", RECIPES), ("precision", ("auto", *DTYPES)), ("seed", range(2 ** 31 + 1)),
+                                 ("batch_size", range(1, 10 ** 7)), ("steps", range(1, 10 ** 7 + 1))):
+                if settings[key] not in allowed:
+                    raise ValueError(key)
+            load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
         settings["steps"] = args.steps or settings["steps"]
-    else:
+    ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
+    if not resume:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
-        shared = Path("runs") / f"{name}-encoder.pt"        # for all runs on a data set; with --out nothing is written elsewhere
+        shared = Path("runs") / f"{Path(args.dataset).resolve().name}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
         trained = get_encoder(ds, shared if shared.exists() or not args.out else out_dir / "encoder.pt", device, image_features=args.image_features,
                               image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
     run = Trainer(settings, device, trained)
     batches = Batches(ds, phi, device, run.recipe["captions"], run.recipe["near"])
     if checkpoint:
-        run.restore(checkpoint)
+        with fitting(path):
+            run.restore(checkpoint)
     if device.type == "cuda" and not args.no_compile:
         run.compile()
-    print(f"{dataset}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
+    print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
 
-    texts, z = [ds.captions[i][0] for i in sample_pictures(ds)], torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
-    h = embed(phi, texts)
+    texts = [ds.captions[i][0] for i in sample_pictures(ds)]
+    h, z = embed(phi, texts), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
 
     @torch.no_grad()
     def show(G):                        # the same noises for all texts
@@ -550,9 +551,8 @@ def choose_settings(args, variant, seed, pictures, device):
         print("no CUDA device: training at ngf = ndf = 32 (the paper: 128 and 64; --ngf and --ndf choose)")
     batch_size = min(args.batch_size or RECIPES[args.recipe]["batch_size"], pictures)
     steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
-    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe,
-                batch_size=batch_size, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32),
-                seed=seed, precision=args.precision, steps=steps)
+    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe, batch_size=batch_size, steps=steps, seed=seed,
+                precision=args.precision, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
 
 def sample_pictures(ds, n=6):
     """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
