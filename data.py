@@ -2,6 +2,7 @@
 
     toy      200 species of cartoon birds, drawn here in seconds. The default.
     cub      CUB-200-2011: 11,788 photographs of birds, 10 captions each.
+    cub-box  the same, each picture a square around the bird: departs from the paper, birds are twice as large.
     flowers  Oxford-102: 8,189 photographs of flowers, 10 captions each.
     FOLDER   your own: pictures with a .txt beside each, a caption a line. Sub-folders are classes.
 
@@ -69,11 +70,10 @@ def write_atomically(path, write):
 
 @dataclass
 class Dataset:
-    """One form for all sources. images (N, 76, 76, 3) uint8, memory-mapped; captions: N lists of strings, none empty; labels
-    (N,) class of each picture; class_names (C); unseen (C,) bool, the zero-shot classes. boxes (N, 4) x, y, w, h and keypoints
-    (N, 6, 2) x, y of KEYPOINTS, both in pixels of the 76x76 picture, NaN where not known; None if the source has none. rows
-    (N,): each picture's place in the source's own order (a file of features has one row for each). skipped: what was left out,
-    and why."""
+    """One form for all sources. images (N, 76, 76, 3) uint8, memory-mapped; captions: N lists of strings, none empty; labels (N,) class
+    of each picture; class_names (C); unseen (C,) bool, the zero-shot classes. boxes (N, 4) x, y, w, h and keypoints (N, 6, 2) x, y of
+    KEYPOINTS, both in pixels of the 76x76 picture, NaN where not known; None if the source has none. rows (N,): each picture's place in
+    the source's own order (a file of features has one row for each). skipped: what was left out, and why."""
     name: str
     images: np.ndarray
     captions: list
@@ -101,26 +101,26 @@ class Picture:
 
 # ---- toy: birds drawn here -------------------------------------------------------------------
 COLOURS = {  # what a caption can say of a part
-    "black": (35, 35, 40), "white": (245, 245, 240), "grey": (140, 145, 150), "brown": (130, 85, 45), "red": (215, 40, 40),
-    "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70), "blue": (45, 95, 215), "purple": (130, 60, 170)}
+    "black": (35, 35, 40), "white": (245, 245, 240), "brown": (130, 85, 45), "red": (215, 40, 40),
+    "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70), "blue": (45, 95, 215)}
 BACKGROUNDS = [  # style: no caption speaks of it
     (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232), (112, 128, 146), (78, 112, 88), (248, 236, 226)]
 BILLS = {"short": 0.11, "long": 0.20}
 TEMPLATES = [  # each in the manner of a CUB caption; a species fills in its own colours
     "this bird has wings that are {wing} and has a {crown} crown",
-    "this bird has wings that are {wing} and has a {belly} belly",
-    "this bird is {body} with {wing} wings and has a {bill} beak",
     "a {body} bird with a {belly} belly and {wing} wings",
-    "a {body} bird with a {crown} crown and {wing} wings",
-    "a small {body} bird with {wing} wings, a {crown} crown and a {belly} belly",
     "this {body} bird has a {crown} head and a {bill} {billcolour} bill",
-    "the bird has a {crown} crown, a {belly} belly and a {body} back",
-    "this bird has a {belly} belly and breast with a {bill} bill and {wing} wings",
+    "this bird is {body} with {wing} wings, a {crown} crown and a {bill} beak",
+    "a {bill} billed bird that is {body} with {wing} on its wings and a {belly} belly",
+    "the {body} bird has {wing} wings, its crown is {crown} and its bill is {billcolour}",
     "a bird with a {body} body, a {belly} belly and a {crown} crown",
-    "the {body} bird has {wing} wings, its crown is {crown} and its bill is {bill}",
-    "this is a {body} bird with {wing} wings and a {billcolour} beak",
-    "the wings are {wing}, the belly is {belly} and the crown is {crown}",
-    "a {bill} billed bird that is {body} with {wing} on its wings and a {belly} belly"]
+    "this bird has a {belly} belly, {wing} wings and a {crown} head",
+    "a small {body} bird with {wing} wings, a {crown} crown and a {belly} belly",
+    "this is a {body} bird with a {crown} head, {wing} wings and a {belly} belly",
+    "the wings are {wing}, the belly is {belly}, the crown is {crown} and the back is {body}",
+    "this bird is {body}, it has a {belly} belly, a {crown} crown and wings that are {wing}",
+    "a {bill} billed {body} bird with a {crown} crown, a {belly} belly and {wing} wings",
+    "the bird has a {crown} crown, a {belly} belly, a {body} back and {wing} wings"]
 PLAIN = [  # for a species of one colour
     "an all {body} bird with a {bill} bill", "this bird is completely {body} with a {bill} beak",
     "this is an all {body} bird, its bill is {billcolour}", "a bird that is {body} all over",
@@ -128,16 +128,16 @@ PLAIN = [  # for a species of one colour
 KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]     # the six of [A] section 5.2
 
 def toy_species(rng, count):
-    """`count` different species: a dict of colours and bill each. Two share no four colours."""
+    """`count` species: a dict of colours and bill each. Any two differ in two of their four colours or more."""
     names = list(COLOURS)
     species = dict.fromkeys((c, c, c, c) for c in names)    # one of each single colour
-    while len(species) < count:                             # in the others most parts look like the body, as in birds
+    while len(species) < count:                             # in the others some parts look like the body, as in birds
         body = rng.choice(names)
-        species[(body, *(body if rng.random() < 0.6 else rng.choice(names) for _ in range(3)))] = None
-    keys = list(species)
-    rng.shuffle(keys)                                  # so that some plain ones are unseen
-    return [dict(zip(("body", "wing", "crown", "belly"), k), bill=rng.choice(list(BILLS)),
-                 billcolour=rng.choice(["black", "orange", "grey", "yellow"])) for k in keys]
+        new = (body, *(body if rng.random() < 0.35 else rng.choice(names) for _ in range(3)))
+        if all(sum(a != b for a, b in zip(new, old)) >= 2 for old in species):
+            species[new] = None
+    return [dict(zip(("body", "wing", "crown", "belly"), colours), bill=rng.choice(list(BILLS)), billcolour=rng.choice(["black", "orange", "yellow"]))
+            for colours in species]                         # those of one colour come first: they are trained on
 
 def toy_captions(rng, bird):
     plain = len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
@@ -219,8 +219,8 @@ MAX_PIXELS = 64_000_000      # width x height of one picture
 MAX_CAPTIONS = 100           # of one picture; more are left out
 
 def members(path):
-    """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk. A member that points
-    outside the archive, a link or a device is refused: no honest archive of pictures holds one."""
+    """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk. A member that points outside the
+    archive, a link or a device is refused: no honest archive of pictures holds one."""
     path, total = Path(path), 0
     try:
         if path.is_dir():
@@ -257,9 +257,9 @@ def check_member(archive, name, size, total, plain):
         raise UserError(f"{archive} is refused: its member {name!r} is too large ({size:,} bytes, after {total:,})")
     return total + size
 
-def read_picture(data):
-    """Bytes of a picture file -> ((76, 76, 3) uint8, (width, height) before). Raises ValueError. Like the authors, scales to
-    76x76 without keeping the proportions."""
+def read_picture(data, box=None):
+    """Bytes of a picture file -> ((76, 76, 3) uint8, the window (left, top, right, bottom) that it shows). Raises ValueError. Like the
+    authors, scales to 76x76 without keeping the proportions. box (x, y, w, h): show a square around it alone."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow's own warning of large pictures
@@ -268,9 +268,18 @@ def read_picture(data):
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, too many")
             picture.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # a large JPEG: decode at a half, a quarter ...
-            return np.asarray(to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)), size
+            window = close_up(box, size) if box else (0, 0, *size)
+            part = [v * now / old for v, now, old in zip(window, picture.size * 2, size * 2)]   # as decoded
+            return np.asarray(to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)), window
     except Exception as error:          # Pillow's decoders raise whatever they please on broken files
         raise ValueError(f"not a whole picture ({type(error).__name__}: {error})") from None
+
+def close_up(box, size):
+    """The window around a box (x, y, w, h): 1.4 times its longer side wide and high, moved and cut to lie inside the picture."""
+    x, y, w, h = box
+    sides = [min(1.4 * max(w, h), total) for total in size]
+    start = [min(max(0, middle - side / 2), total - side) for middle, side, total in zip((x + w / 2, y + h / 2), sides, size)]
+    return (*start, start[0] + sides[0], start[1] + sides[1])
 
 def to_rgb(picture):
     """Any mode of Pillow's to RGB: 16-bit greys are scaled, transparency is laid on white."""
@@ -279,13 +288,12 @@ def to_rgb(picture):
         return Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
 
 def read_captions(data):
-    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the real sets hold a few such
-    as "{}") are left out."""
+    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the real sets hold a few such as "{}")
+    are left out."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -293,14 +301,14 @@ def read_captions(data):
     lines = (" ".join(line.split()) for line in text.splitlines())
     return [line for line in lines if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
 
-def read_all(path, wanted):
-    """Of a folder or archive: {name: (pixels, size)} of the pictures, {name: bytes} of the files whose names match the pattern
-    `wanted`, and a list of the pictures that could not be read."""
+def read_all(path, box=lambda name: None):
+    """Of a folder or archive: {name: (pixels, window)} of the pictures, {name: bytes} of the .txt files, and a list of the pictures that
+    could not be read. box: of each name, for read_picture."""
     pictures, others, skipped, waiting = {}, {}, [], []
 
     def attempt(item):
         try:
-            pictures[item[0]] = read_picture(item[1])
+            pictures[item[0]] = read_picture(item[1], box(item[0]))
         except ValueError as error:
             skipped.append(f"{item[0]}: {error}")
 
@@ -313,7 +321,7 @@ def read_all(path, wanted):
         for name, content in members(path):
             if re.search(r"(^|/)[^./][^/]*\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I):
                 waiting.append((name, content))
-            elif re.search(wanted, name):
+            elif name.endswith(".txt"):
                 others[name] = content
             if len(waiting) == 256:         # bounded, so that a gigabyte of pictures does not pile up
                 work_off()
@@ -323,23 +331,18 @@ def read_all(path, wanted):
 # ---- cub and flowers -------------------------------------------------------------------------
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 SOURCES = {
-    "cub": dict(
-        pictures=["CUB_200_2011.tgz", "CUB_200_2011"],
+    "cub": dict(pictures=["CUB_200_2011.tgz", "CUB_200_2011"],
         captions=["cvpr2016_cub.tar.gz", "cvpr2016_cub", "caption-data-cub-v1.0.0.zip", "captions", "text_c10"],
-        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-        md5="97eceeb196236b17998738112f37df78",
+        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78",
         captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",
         # The numbers of the 50 classes of testclasses.txt, for captions that come without it.
         unseen="1 4 6 8 9 14 23 29 31 33 34 35 36 37 38 43 49 51 53 66 72 79 83 84 86 91 95 96 98 101 102 103 "
                "112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197"),
-    "flowers": dict(
-        pictures=["102flowers.tgz", "jpg", "102flowers"],
+    "flowers": dict(pictures=["102flowers.tgz", "jpg", "102flowers"],
         captions=["cvpr2016_flowers.tar.gz", "cvpr2016_flowers", "caption-data-flowers-v1.0.0.zip", "captions", "text_c10"],
-        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-        md5="52808999861908f626f3c1f4e79d11fa",
-        captions_url=MIRROR + "caption-data-flowers-v1.0.0.zip",
-        unseen=" ".join(map(str, range(1, 21)))),
-}
+        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", md5="52808999861908f626f3c1f4e79d11fa",
+        captions_url=MIRROR + "caption-data-flowers-v1.0.0.zip", unseen=" ".join(map(str, range(1, 21))))}
+SOURCES["cub-box"] = SOURCES["cub"]
 
 def find_sources(name, folder):
     """(pictures, captions): paths below `folder`, an archive or an unpacked folder each."""
@@ -367,8 +370,8 @@ def fetch_sources(name):
     return find_sources(name, folder)
 
 def download(url, path, md5=None, chunk=1 << 20):
-    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on with the next time.
-    Raises UserError when it fails or when the MD5 is another."""
+    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on with the next time. Raises
+    UserError when it fails or when the MD5 is another."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
@@ -403,8 +406,8 @@ def download(url, path, md5=None, chunk=1 << 20):
     os.replace(part, path)
 
 def build_archives(name, pictures_path, captions_path):
-    """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in: pictures and captions are
-    matched by file name, .../NAME.jpg with .../NAME.txt."""
+    """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in: pictures and captions are matched by file
+    name, .../NAME.jpg with .../NAME.txt."""
     captions, classes, unseen = {}, {}, {int(n) for n in SOURCES[name]["unseen"].split()}
     number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0]) or -1)         # 013.Bobolink, class_00013
     for path, content in members(captions_path):
@@ -415,29 +418,31 @@ def build_archives(name, pictures_path, captions_path):
             captions[file[:-4]], classes[file[:-4]] = read_captions(content), folder.rpartition("/")[2]
 
     stem = lambda path: os.path.splitext(path.rpartition("/")[2])[0]
-    pictures, texts, skipped = read_all(pictures_path, r"(^|/)(images|bounding_boxes|part_locs)\.txt$")
-    pictures = {stem(path): (path, *rest) for path, rest in pictures.items()}
-    tables = {stem(path): [line.split() for line in content.decode("utf-8", "replace").splitlines()] for path, content in texts.items()}
+    tables = {stem(path): [line.split() for line in content.decode("utf-8", "replace").splitlines()]
+              for path, content in members(pictures_path) if re.search(r"(^|/)(images|bounding_boxes|part_locs)\.txt$", path)}
     try:
-        boxes = {number: [float(v) for v in box] for number, *box in tables.get("bounding_boxes", [])}
+        boxes = {number: (float(x), float(y), float(w), float(h)) for number, x, y, w, h in tables.get("bounding_boxes", [])}
         points = {(number, part): (float(x), float(y)) for number, part, x, y, seen in tables.get("part_locs", []) if seen == "1"}
-        # The source's own order: that of images.txt where there is one, else by file name.
-        order = [(stem(path), number) for number, path in tables.get("images", [])] or [(s, s) for s in sorted(pictures)]
+        listed = {stem(path): number for number, path in tables.get("images", [])}
     except ValueError as error:
         raise UserError(f"{pictures_path}: a table is not as CUB's are ({error})") from None
+    pictures, _, skipped = read_all(pictures_path, lambda path: boxes.get(listed.get(stem(path))) if name == "cub-box" else None)
+    pictures = {stem(path): (path, *rest) for path, rest in pictures.items()}
+    # The source's own order: that of images.txt where there is one, else by file name.
+    order = list(listed.items()) or [(s, s) for s in sorted(pictures)]
 
     out = []
     for row, (name_of, number) in enumerate(order):
         if name_of not in pictures or not captions.get(name_of):
             skipped.append(f"{name_of}: no {'caption' if name_of in pictures else 'picture'}")
             continue
-        path, pixels, size = pictures[name_of]
-        scale = IMAGE_SIZE / np.array(size, float)                                      # boxes and parts to 76x76 pixels
-        p = Picture(pixels, captions[name_of], path.split("/")[-2] if name == "cub" and "/" in path else classes[name_of], row)
-        if len(boxes.get(number, ())) == 4:
-            p.boxes = np.array(boxes[number]) * np.tile(scale, 2)
+        path, pixels, (left, top, right, bottom) = pictures[name_of]
+        origin, scale = np.array([left, top]), IMAGE_SIZE / np.array([right - left, bottom - top])  # boxes and parts to 76x76 pixels
+        p = Picture(pixels, captions[name_of], path.split("/")[-2] if name != "flowers" and "/" in path else classes[name_of], row)
+        if number in boxes:
+            p.boxes = (np.array(boxes[number]) - [*origin, 0, 0]) * np.tile(scale, 2)
         if tables.get("part_locs"):
-            p.keypoints = np.array([points.get((number, part), (np.nan, np.nan)) for part in CUB_PARTS]) * scale
+            p.keypoints = (np.array([points.get((number, part), (np.nan, np.nan)) for part in CUB_PARTS]) - origin) * scale
         out.append(p)
     return out, {p.label for p in out if number_of(p.label) in unseen}, skipped
 
@@ -445,7 +450,7 @@ CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
 
 # ---- a folder of your own --------------------------------------------------------------------
 def build_folder(folder):
-    pictures, texts, skipped = read_all(folder, r"\.txt$")
+    pictures, texts, skipped = read_all(folder)
     out = []
     for row, (name, (pixels, _)) in enumerate(pictures.items()):
         text = os.path.splitext(name)[0] + ".txt"
@@ -466,8 +471,8 @@ def stamp(paths):
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 def load(name, source=None):
-    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it was made
-    from, so that a change there means another cache. source: a folder with the archives of cub or flowers. Raises UserError."""
+    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it was made from, so
+    that a change there means another cache. source: a folder with the archives of cub or flowers. Raises UserError."""
     paths, label = [], name
     if name == "toy":
         made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures)]
@@ -483,7 +488,7 @@ def load(name, source=None):
         made_of, build = stamp(paths), lambda: build_archives(name, *paths)
     else:
         if not Path(name).is_dir():
-            raise UserError(f"unknown data set {name!r}: expected toy, cub, flowers or a folder of pictures")
+            raise UserError(f"unknown data set {name!r}: expected toy, cub, cub-box, flowers or a folder of pictures")
         paths, label = [Path(name).resolve()], Path(name).resolve().name
         made_of, build = stamp(paths), lambda: build_folder(paths[0])
     digest = hashlib.sha256(repr((FORMAT, made_of)).encode()).hexdigest()[:16]
@@ -530,8 +535,8 @@ def write_cache(folder, label, pictures, unseen, skipped, paths):
 
 # ---- Looking at it ---------------------------------------------------------------------------
 def sheet(rows, texts=None, titles=None, scale=1, width=230):
-    """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles` above the
-    columns. Everything that this project draws is drawn here. Returns a Pillow image."""
+    """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles` above the columns.
+    Everything that this project draws is drawn here. Returns a Pillow image."""
     font = ImageFont.load_default(13)
     h, w = (int(scale * n) for n in rows[0][0].shape[:2])
     left, top = (width if texts else 0), (22 if titles else 0)
@@ -556,22 +561,23 @@ def save_picture(picture, path):
         raise UserError(f"cannot write {path}: name a picture file, such as sample.png")
     write_atomically(path, lambda f: picture.save(f, kind))
 
+def add_options(add):
+    add("--dataset", default="toy", help="toy, cub, cub-box, flowers, or a folder of pictures with captions (default: toy)")
+    add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers, brought by hand")
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare a data set and report what it holds.")
-    parser.add_argument("--dataset", default="toy", help="toy, cub, flowers or a folder (default: toy)")
-    parser.add_argument("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
+    add_options(parser.add_argument)
     args = parser.parse_args()
     ds = load(args.dataset, args.source)
     print(f"{args.dataset}: {len(ds.images):,} pictures, {sum(map(len, ds.captions)):,} captions, {len(ds.class_names)} classes")
     print(f"  training: {len(ds.split(False)):,} pictures of {(~ds.unseen).sum()} classes; unseen: {len(ds.split(True)):,} of {ds.unseen.sum()}")
-    print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {'no' if ds.boxes is None else 'yes'}; "
-          f"keypoints: {'no' if ds.keypoints is None else 'yes'}")
+    print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
     for line in ds.skipped[:10] + ([f"... {len(ds.skipped)} in all, listed in meta.json of the cache"] if len(ds.skipped) > 10 else []):
         print(f"  skipped {line}")
     rng, rows, texts = random.Random(1), [], []
     for label in rng.sample(range(len(ds.class_names)), min(8, len(ds.class_names))):
-        of_class = np.flatnonzero(ds.labels == label)
-        picks = [int(rng.choice(of_class)) for _ in range(6)]
+        picks = [int(rng.choice(np.flatnonzero(ds.labels == label))) for _ in range(6)]
         rows.append([ds.images[i] for i in picks])
         texts.append(rng.choice(ds.captions[picks[0]]))
     path = CACHE / f"{Path(args.dataset).resolve().name}.png"

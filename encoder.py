@@ -30,8 +30,8 @@ MAX_LETTERS = 201
 ROW = {letter: row for row, letter in enumerate(ALPHABET, 1)}    # the second hyphen wins, as in their Lua table
 
 def encode_text(texts):
-    """list of N str -> (N, 201) uint8, a letter's row in the alphabet, counted from 1: lower-cased, cut at 201 letters, padded
-    with 0. Letters that the alphabet lacks are 0 too, so any script goes in."""
+    """list of N str -> (N, 201) uint8, a letter's row in the alphabet, counted from 1: lower-cased, cut at 201 letters, padded with 0.
+    Letters that the alphabet lacks are 0 too, so any script goes in."""
     out = np.zeros((len(texts), MAX_LETTERS), np.uint8)
     for i, text in enumerate(texts):
         rows = [ROW.get(letter, 0) for letter in text[:MAX_LETTERS].lower()[:MAX_LETTERS]]
@@ -40,9 +40,8 @@ def encode_text(texts):
 
 # ---- phi(t): the char-CNN-RNN of [B] ---------------------------------------------------------
 class CharCNNRNN(nn.Module):
-    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper. Convolutions see words, the
-    recurrent network their order, the mean over time the whole sentence."""
-
+    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper. Convolutions see words, the recurrent
+    network their order, the mean over time the whole sentence."""
     def __init__(self, cnn_dim=512, out_dim=TEXT_DIM):
         super().__init__()
         self.cnn = nn.Sequential(                                               # (N,      70, 201)
@@ -73,9 +72,9 @@ def embed(phi, texts, batch=512):
 
 # ---- Eq. 2, 3, 4: the joint embedding --------------------------------------------------------
 def joint_embedding_loss(image_emb, text_emb):
-    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar. Eq. 2 counts
-    the mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place stands a hinge: the right partner
-    should score by 1 more than every other one of the minibatch."""
+    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar. Eq. 2 counts the
+    mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place stands a hinge: the right partner should score by
+    1 more than every other one of the minibatch."""
     s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)
     right = s.diagonal()
     others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
@@ -90,22 +89,22 @@ def class_means(emb, labels, classes):
     return torch.stack([emb[labels == c].mean(0) for c in classes])
 
 def classify(emb, means):
-    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged. (N, 1024), (C,
-    1024) -> (N, C) rows into `means`, best first."""
+    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged. (N, 1024), (C, 1024) ->
+    (N, C) rows into `means`, best first."""
     # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]   =  argmax_y  v . (mean phi of class y)
     # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
     return (emb @ means.T).argsort(1, descending=True)
 
 def average_precision_at_50(image_emb, labels, text_means, classes, k=50):
-    """[B]'s AP@50: each class's mean caption retrieves pictures; the share of its first k that are of the class, mean over
-    classes. A class with fewer than k pictures cannot reach 1, as in [B]."""
+    """[B]'s AP@50: each class's mean caption retrieves pictures; the share of its first k that are of the class, mean over classes. A
+    class with fewer than k pictures cannot reach 1, as in [B]."""
     best = (text_means @ image_emb.T).argsort(1, descending=True)[:, :k]        # (C, k)
     return (labels[best] == classes[:, None]).float().mean().item()
 
 # ---- The image side --------------------------------------------------------------------------
 def image_encoder(image_side):
-    """v. "conv": (N, 3, 64, 64) in [-1, 1] -> (N, 1024), a tower like D's and S's, trained along with phi; works everywhere.
-    Else frozen features (N, 1024) -> (N, 1024): as they are, but for the change of basis by `whiten`."""
+    """v. "conv": (N, 3, 64, 64) in [-1, 1] -> (N, 1024), a tower like D's and S's, trained along with phi; works everywhere. Else frozen
+    features (N, 1024) -> (N, 1024): as they are, but for the change of basis by `whiten`."""
     if image_side == "conv":
         return StyleEncoder(z_dim=TEXT_DIM)
     v = nn.Linear(TEXT_DIM, TEXT_DIM, bias=False).requires_grad_(False)
@@ -130,8 +129,8 @@ class Inception(nn.Module):
         return torch.cat([branch(x) for branch in self.children()], 1)
 
 def googlenet():
-    """The papers' frozen image side: (N, 3, 224, 224) in [-1, 1] -> (N, 1024), the last average pooling. C. Szegedy et al.,
-    CVPR 2015, with the layer names of torchvision, whose weights fit."""
+    """The papers' frozen image side: (N, 3, 224, 224) in [-1, 1] -> (N, 1024), the last average pooling. C. Szegedy et al., CVPR 2015,
+    with the layer names of torchvision, whose weights fit."""
     pool = lambda k: nn.MaxPool2d(k, 2, ceil_mode=True)
     return nn.Sequential(OrderedDict(
         conv1=conv_bn(3, 64, 7, stride=2, padding=3), maxpool1=pool(3), conv2=conv_bn(64, 64, 1), conv3=conv_bn(64, 192, 3, padding=1),
@@ -173,8 +172,8 @@ def load_features(path, ds):
     return features
 
 def frozen_features(ds, image_side, path, device):
-    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures', so that the margin
-    of 1 in the loss means something."""
+    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures', so that the margin of 1 in
+    the loss means something."""
     if image_side == "conv":
         return None
     if image_side == "features" and not path:
@@ -191,8 +190,8 @@ def picture_tensor(ds, device="cpu"):
         return torch.from_numpy(ds.images).to(device)
 
 def crops(images, index, dy, dx, flip):
-    """Windows of many pictures at once. images (N, 76, 76, 3) uint8 on any device; index, dy, dx (B,) int, flip (B,) bool, on
-    the same -> (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
+    """Windows of many pictures at once. images (N, 76, 76, 3) uint8 on any device; index, dy, dx (B,) int, flip (B,) bool, on the same ->
+    (B, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
     steps = torch.arange(CROP, device=images.device)
     rows = dy[:, None] + steps                                              # (B, 64)
     cols = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
@@ -230,8 +229,8 @@ def fitting(what):
         raise UserError(f"{what} does not fit this version's networks ({type(error).__name__})") from None
 
 def load_into(make, state):
-    """A network made by `make()`, with the weights of a checkpoint, in 32 bits. It is made without memory ("meta"), so that settings
-    that ask for a monster fail on their shapes, not on the machine."""
+    """A network made by `make()`, with the weights of a checkpoint, in 32 bits. It is made without memory ("meta"), so that settings that
+    ask for a monster fail on their shapes, not on the machine."""
     with torch.device("meta"):
         net = make()
     net.load_state_dict(dict(state), assign=True)   # a copy: torch notes "assign" in state itself, for whoever loads it next
@@ -253,9 +252,9 @@ def load_checkpoint(path, kind):
 
 # ---- Training and measuring ------------------------------------------------------------------
 def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", image_features=None, seed=0, classes=40, log=print):
-    """Train phi and the image side on the training classes of a data set. [B]'s settings: RMSprop, rate 7e-4, decay 0.98 an
-    epoch, gradients clipped at 5, minibatches of 40 classes. image_side: "conv", "googlenet", or "features", which are read
-    from the file image_features. Returns a checkpoint: a dict of plain values and tensors."""
+    """Train phi and the image side on the training classes of a data set. [B]'s settings: RMSprop, rate 7e-4, decay 0.98 an epoch,
+    gradients clipped at 5, minibatches of 40 classes. image_side: "conv", "googlenet", or "features", which are read from the file
+    image_features. Returns a checkpoint: a dict of plain values and tensors."""
     torch.manual_seed(seed)
     amp, scaler, _ = pick_autocast(device)
     features, images = frozen_features(ds, image_side, image_features, device), picture_tensor(ds)
@@ -297,11 +296,10 @@ def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", i
 
 @torch.no_grad()
 def whiten(phi, v, texts, floor=0.005):
-    """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction
-    (those below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every
-    score v . phi(t) stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose
-    variance is in three directions. G, whose z is N(0, 1), would hear no text for a thousand steps, and of a bird's crown
-    never."""
+    """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction (those
+    below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every score v . phi(t)
+    stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose variance is in three
+    directions. G, whose z is N(0, 1), would hear no text for a thousand steps, and of a bird's crown never."""
     h = embed(phi, texts).double()
     values, U = torch.linalg.eigh(torch.cov(h.T))
     M = U * (values + floor * values[-1]).rsqrt() @ U.T
@@ -329,8 +327,8 @@ def embed_pictures(v, x):
         return torch.cat([v(x[i:i + 256]).float() for i in range(0, len(x), 256)])
 
 def unseen(ds, phi):
-    """Of the unseen classes: indices of the pictures (n,), their labels (n,), the classes (C,) and eq. 3's mean caption of each
-    (C, 1024), all on the CPU."""
+    """Of the unseen classes: indices of the pictures (n,), their labels (n,), the classes (C,) and eq. 3's mean caption of each (C,
+    1024), all on the CPU."""
     index = ds.split(True)
     if not len(index):
         raise UserError(f"{ds.name} has no unseen classes to measure on")
@@ -352,8 +350,8 @@ def evaluate(ds, phi, v, features=None, device="cpu"):
 
 # ---- Measures of generated pictures, for train.py --compare ----------------------------------
 def frechet_distance(a, b):
-    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID: |mean_a - mean_b|^2 + trace(C_a + C_b - 2
-    (C_a C_b)^(1/2))."""
+    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID: |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a
+    C_b)^(1/2))."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # The trace of (C_a C_b)^(1/2) is that of the symmetric (R C_b R)^(1/2), R = C_a^(1/2).
@@ -387,8 +385,8 @@ def auc(scores, same):
     return (yes * (no.cumsum(0) - no / 2)).sum().item() / (yes.sum() * no.sum()).item()
 
 def style_groups(ds, index, k=100):
-    """[A] section 5.2: pictures grouped by style, once by the mean colour outside the bounding box, once by pose (the six
-    keypoints relative to the box; pictures that lack one are left out: -1). Two (N,) tensors."""
+    """[A] section 5.2: pictures grouped by style, once by the mean colour outside the bounding box, once by pose (the six keypoints
+    relative to the box; pictures that lack one are left out: -1). Two (N,) tensors."""
     background = []
     for i in index:
         x, y, w, h = ds.boxes[i]
@@ -416,17 +414,19 @@ def verify_style(emb, pairs):
     """Area under the ROC curve, mean over folds, when the score of a pair is the cosine of its rows of emb (N, d)."""
     return float(np.mean([auc(F.cosine_similarity(emb[i], emb[j]), same) for i, j, same in pairs]))
 
+def add_options(add):
+    """What encoder.py and train.py both ask for."""
+    data.add_options(add)
+    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (default: conv; paper: googlenet)")
+    add("--image-features", metavar="FILE.npy", help="its image side as given features, a row a picture")
+    add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
+    add("--device", type=pick_device, default="auto", help="auto (default), cpu, cuda or cuda:1")
+
 def main():
     parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.")
     add = parser.add_argument
-    add("--dataset", default="toy", help="toy, cub, flowers or a folder (default: toy)")
-    add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers")
-    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side (default: conv; paper: googlenet)")
-    add("--image-features", metavar="FILE.npy", help="image side as given features, a row a picture")
+    add_options(add)
     add("--steps", type=data.number(1, 10_000_000), default=600, help="default: 600")
-    add("--cnn-dim", type=data.number(1, 4096), default=512, help="width of phi (default: 512, the GAN paper's)")
-    add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
-    add("--device", type=pick_device, default="auto", help="auto (default), cpu or cuda")
     add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
     add("--evaluate", action="store_true", help="measure the one that is there")
     args = parser.parse_args()
@@ -436,14 +436,13 @@ def main():
         checkpoint = load_checkpoint(path, "encoder")
     else:
         side = "features" if args.image_features else args.image_encoder
-        checkpoint = train_encoder(ds, device, args.steps, args.cnn_dim, image_side=side, image_features=args.image_features, seed=args.seed)
+        checkpoint = train_encoder(ds, device, args.steps, image_side=side, image_features=args.image_features, seed=args.seed)
         save_checkpoint(path, **checkpoint)
         print(f"wrote {path}")
     phi, v = build(checkpoint, device)
     features = frozen_features(ds, checkpoint["settings"]["image_side"], args.image_features, device)
     result = evaluate(ds, phi, v, features, device)
-    for key, value in result.items():
-        print(f"  {key:16} {value:.3f}")
+    print("\n".join(f"  {key:16} {value:.3f}" for key, value in result.items()))
     print(json.dumps(dict(dataset=args.dataset, **{k: round(v, 4) for k, v in result.items()})))
 
 if __name__ == "__main__":

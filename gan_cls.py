@@ -26,16 +26,14 @@ Z_DIM = 100          # numbers in z
 
 # ---- 4.1  Network architecture ---------------------------------------------------------------
 def conv(c_in, c_out, kernel, stride=1, padding=0):
-    # No bias: batch norm, which follows almost everywhere, would subtract it again. The authors'
-    # code holds all convolution biases at zero.
+    # No bias: batch norm, which follows almost everywhere, would subtract it. The authors' code holds all at zero.
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
 
 def deconv(c_in, c_out, kernel, stride=1, padding=0):
     return nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=False)
 
 def init_weights(net):
-    """Section 5's initialisation, in place: convolutions and linear layers N(0, 0.02),
-    batch-norm scales N(1, 0.02), biases 0."""
+    """Section 5: convolutions and linear layers N(0, 0.02), batch-norm scales N(1, 0.02), biases 0. In place."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(m.weight, 0.0, 0.02)
@@ -46,8 +44,8 @@ def init_weights(net):
     return net
 
 class Residual(nn.Module):
-    """The bottleneck of the authors' code, which the paper does not mention: x + f(x), where f is
-    a 1x1, a 3x3 and a 3x3 convolution, `width` channels inside. (B, channels, H, W), kept."""
+    """The bottleneck of the authors' code, which the paper does not mention: x + f(x), where f is a 1x1, a 3x3 and a
+    3x3 convolution, `width` channels inside. (B, channels, H, W), kept."""
 
     def __init__(self, channels, width, activation):
         super().__init__()
@@ -101,8 +99,8 @@ class PictureTower(nn.Sequential):
 class Discriminator(nn.Module):
     """D(x, h): is this picture real, and does it fit the sentence? [A] section 4.1, figure 2 right.
 
-    In two parts, because only the second sees the text: `D.features(x)` is paid once a picture and
-    `D.score(f, h)` once a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32."""
+    In two parts, because only the second sees the text: `D.features(x)` is paid once a picture and `D.score(f, h)` once
+    a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32."""
 
     def __init__(self, ndf=64, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
         super().__init__()
@@ -138,8 +136,8 @@ def log_one_minus_s(logits):
 def discriminator_loss(s_real, s_wrong, s_fake):
     """Minus L_D of [A] Algorithm 1, for minimisers. Logits (B,) of any float type -> scalar, float32.
 
-    s_real {real picture, right text}, s_wrong {real picture, wrong text}, s_fake {fake picture,
-    right text}. s_wrong=None is the plain GAN of eq. 1, which knows no wrong texts."""
+    s_real {real picture, right text}, s_wrong {real picture, wrong text}, s_fake {fake picture, right text}.
+    s_wrong=None is the plain GAN of eq. 1, which knows no wrong texts."""
     if s_wrong is None:
         # Eq. 1:  log D(x) + log(1 - D(G(z)))
         return -(log_s(s_real).mean() + log_one_minus_s(s_fake).mean())
@@ -164,16 +162,15 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
                  amp=contextlib.nullcontext(), scaler=None, augment=lambda x: x, mode_seeking=0.0):
     """One step of [A] Algorithm 1: D up its objective, then G up its own.
 
-    x (B, 3, 64, 64) real pictures in [-1, 1], h (B, 1024) their texts, h_wrong (B, 1024) texts of
-    other classes. The two switches give the paper's four models: GAN (neither), GAN-CLS (cls),
-    GAN-INT (int_), GAN-INT-CLS (both). amp: an autocast context; scaler: a GradScaler, for fp16.
-    augment, mode_seeking: see "not in the paper" below; off by default.
-    Returns a dict of tensors still on the device: loss_D, loss_G and the mean D outputs."""
+    x (B, 3, 64, 64) real pictures in [-1, 1], h (B, 1024) their texts, h_wrong (B, 1024) texts of other classes. The
+    two switches give the paper's four models: GAN (neither), GAN-CLS (cls), GAN-INT (int_), GAN-INT-CLS (both). amp: an
+    autocast context; scaler: a GradScaler, for fp16. augment, mode_seeking: see "not in the paper" below; off by
+    default. Returns a dict of tensors still on the device: loss_D, loss_G and the mean D outputs."""
     B = len(x)
     scaler = scaler or torch.amp.GradScaler(x.device.type, enabled=False)
 
-    # One pass of G draws all the pictures that the step needs: B for the captions, B/2 for the
-    # blends, which only G's loss will see (D has no real picture to set beside a blend).
+    # One pass of G draws all the pictures that the step needs: B for the captions, B/2 for the blends, which only G's
+    # loss will see (D has no real picture to set beside a blend).
     texts = [h]
     if int_:
         # The first half with the second: the pictures of a batch are all different.
@@ -227,6 +224,11 @@ class StyleEncoder(nn.Module):
     def forward(self, x):
         return self.net(x)
 
+    def style(self, x):
+        """The s of a style transfer, (B, 3, 64, 64) -> (B, 100). departs from the paper: S(x) is stretched to the
+        length of a noise. A picture tells little of its z, eq. 6 then keeps S near 0, and G has never seen that."""
+        return F.normalize(self(x).float()) * self.net[-1].out_features ** 0.5
+
 def style_loss(z, z_hat):
     """[A] eq. 6, z_hat = S(G(z, phi(t))): both (B, 100) -> scalar, float32, mean over the batch."""
     # Eq. 6:  || z - S(G(z, phi(t))) ||_2^2: the sum of the squared differences, not their mean.
@@ -236,9 +238,8 @@ def style_loss(z, z_hat):
 def augment(x, shift=8):
     """Differentiable augmentation (Zhao et al., NeurIPS 2020) of all that D sees, real or fake.
 
-    Each picture of (B, 3, 64, 64) gets its own brightness, contrast and shift (up to `shift` pixels,
-    the border repeated). D can then not learn the training pictures by heart, and G still gets
-    gradients through it."""
+    Each picture of (B, 3, 64, 64) gets its own brightness, contrast and shift (up to `shift` pixels, the border
+    repeated). D can then not learn the training pictures by heart, and G still gets gradients through it."""
     B, _, H, W = x.shape
     r = torch.rand(4, B, 1, 1, device=x.device, dtype=torch.float32)
     x = x + 0.4 * (r[0, :, None] - 0.5)                 # brightness: -0.2 .. 0.2; more, and white could be grey
@@ -256,8 +257,8 @@ def mode_seeking_loss(z1, z2, x1, x2):
     z (N, 100), x (N, 3, 64, 64), the text of x1[i] and x2[i] the same -> scalar."""
     far_z = (z1 - z2).abs().mean(1)                                             # (N,)
     far_x = (x1.float() - x2.float()).abs().mean((1, 2, 3))                     # (N,)
-    # A ratio for each pair, not of the means: the pairs that look alike weigh most, and two extremes that
-    # share the noises among them do not pass for variety.
+    # A ratio for each pair, not of the means: the pairs that look alike weigh most, and two extremes that share the
+    # noises among them do not pass for variety.
     return (far_z / (far_x + 0.05)).mean()
 
 # ---- The machine: where to compute, and in how many bits -------------------------------------
@@ -275,10 +276,9 @@ def pick_device(name="auto"):
 def pick_autocast(device, precision="auto"):
     """(autocast context, GradScaler, name) for a device and "auto", "bf16", "fp16" or "fp32".
 
-    Matrix products and convolutions run in 16 bits; the losses, batch-norm statistics, the weights
-    and Adam's state stay in 32. auto: bf16 where the hardware multiplies it (CUDA of compute
-    capability 8 up, CPUs with AMX or AVX512-BF16), fp16 on older CUDA, else fp32. Only fp16 has so
-    small a range that gradients must be scaled."""
+    Matrix products and convolutions run in 16 bits; the losses, batch-norm statistics, the weights and Adam's state
+    stay in 32. auto: bf16 where the hardware multiplies it (CUDA of compute capability 8 up, CPUs with AMX or
+    AVX512-BF16), fp16 on older CUDA, else fp32. Only fp16 has so small a range that gradients must be scaled."""
     device = torch.device(device)
     if precision == "auto":
         if device.type == "cuda":

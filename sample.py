@@ -4,6 +4,7 @@
     python sample.py --interpolate "a bright red bird" "an all blue bird"   # phi moves, z stays: [A] figure 8 left
     python sample.py --interpolate-style "an all black bird"                # z moves, phi stays: [A] figure 8 right
     python sample.py "an all black bird" --style query.jpg other.jpg        # z = S(query): [A] figure 6
+    python sample.py --gallery                                              # the pictures of the README, from weights/
 """
 
 import argparse
@@ -19,7 +20,6 @@ from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
 
 class Model:
     """What sampling needs of a run: G (the average), S (None in an unfinished run), phi. Raises UserError."""
-
     def __init__(self, path, device="cpu"):
         checkpoint = load_checkpoint(path, "gan-cls")
         with fitting(path):
@@ -28,9 +28,8 @@ class Model:
             self.S = load_into(StyleEncoder, checkpoint["S"]) if checkpoint["S"] else None
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
         self.device = device
-        self.G.to(device).eval()
-        if self.S:
-            self.S.to(device).eval()
+        for net in filter(None, (self.G, self.S)):
+            net.to(device).eval()
 
     @torch.no_grad()
     def draw(self, z, h):
@@ -47,22 +46,32 @@ class Model:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the picture {path}: {error}") from None
         x = centre_crops(torch.tensor(pixels)[None].to(self.device), torch.zeros(1, dtype=torch.long, device=self.device))
-        return self.S(x), to_pixels(x)[0]
+        return self.S.style(x), to_pixels(x)[0]
 
 def find_weights(name):
-    """A file, a name in weights/, or, for None, the newest run. Raises UserError."""
-    if name is None:
-        runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-        if not runs:
-            raise UserError("there is no run yet: train one first with  python train.py")
-        return runs[-1]
-    return Path(name) if Path(name).is_file() or not Path(f"weights/{name}.pt").is_file() else Path(f"weights/{name}.pt")
+    """A file, or a name in weights/; for None the newest run, and where there is none weights/cub.pt. Raises UserError."""
+    candidates = [name] if name else sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)[-1:]
+    there = [path for path in map(Path, (*candidates, f"weights/{name or 'cub'}.pt")) if path.is_file()]
+    if not there:
+        raise UserError(f"there is no {f'file {name}' if name else 'run and no weights/cub.pt'}: train one first with  python train.py")
+    return there[0]
 
-def main():
+GALLERY = {     # picture: what to say to get it
+    "birds": ["this vibrant red bird has a pointed black beak", "this bird is yellowish orange with black wings",
+              "the bright blue bird has a white colored belly", "--weights", "cub"],
+    "flowers": ["this flower has white petals and a yellow stamen", "the center is yellow surrounded by wavy dark purple petals",
+                "this flower has lots of small round pink petals", "--weights", "flowers"],
+    "between-texts": ["--interpolate", "a bright red bird", "an all blue bird", "--weights", "cub"],
+    "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings", "--weights", "cub"],
+    "outside": ["the completely red cat", "the blue bird with green wings", "--weights", "cub"],
+    "toy": ["an all black bird", "a red bird with a yellow crown, a white belly and black wings", "a blue bird with a white belly", "--weights", "toy"],
+    "style": ["an all red bird", "a blue bird with a white belly", "--weights", "toy", "--style", *(f"assets/query-{i}.png" for i in range(1, 7))]}
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from sentences.")
     add = parser.add_argument
-    add("texts", nargs="+", metavar="TEXT", help="what to draw, a row each")
-    add("--weights", metavar="FILE", help="a run's checkpoint.pt, or a name in weights/ (default: the newest run)")
+    add("texts", nargs="*", metavar="TEXT", help="what to draw, a row each")
+    add("--weights", metavar="FILE", help="a run's checkpoint.pt, or a name in weights/ (default: the newest run, else cub)")
     add("--n", type=data.number(1, 64), default=8, help="pictures a text (default: 8)")
     add("--seed", type=data.number(0, 2 ** 31), default=0, help="seed of the noises: the same seed gives the same file")
     add("--out", type=Path, default=Path("sample.png"), help="where to write (default: sample.png)")
@@ -71,9 +80,14 @@ def main():
     mode.add_argument("--interpolate", action="store_true", help="move between two texts: a row a noise")
     mode.add_argument("--interpolate-style", action="store_true", help="move between noises: a row a text")
     mode.add_argument("--style", nargs="+", metavar="PICTURE", help="take the style of these pictures, a column each")
-    args = parser.parse_args()
+    mode.add_argument("--gallery", action="store_true", help="draw the README's pictures, into assets/")
+    args = parser.parse_args(argv)
+    if args.gallery:
+        for name, words in GALLERY.items():
+            main([*words, "--out", f"assets/{name}.png"])
+        return
     texts = [" ".join(t.split()) for t in args.texts]
-    if not all(texts):
+    if not texts or not all(texts):
         raise UserError("an empty text describes no picture: say what to draw")
     if args.interpolate and len(texts) != 2:
         raise UserError(f"--interpolate goes from one text to another: expected 2, found {len(texts)}")

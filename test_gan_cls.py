@@ -564,6 +564,26 @@ def test_every_layout_of_cub_gives_the_same(here):
     assert all(np.array_equal(seen[0], s) for s in seen)
 
 
+def test_cub_box_is_the_square_around_the_bird(here):
+    (x, y, w, h), size = data.close_up((20.0, 10.0, 40.0, 50.0), (152, 76)), (152, 76)
+    assert (x, y, w, h) == (5.0, 0.0, 75.0, 70.0)                       # centre 40, 35; 70 wide and high: inside, as it is
+    assert data.close_up((0.0, 0.0, 20.0, 50.0), size) == (0.0, 0.0, 70.0, 70.0)            # would stick out: moved
+    assert data.close_up((10.0, 0.0, 100.0, 76.0), size) == (0.0, 0.0, 140.0, 76.0)         # higher than the picture: cut
+    pictures, captions = cub_files()
+    photo = Image.new("RGB", (152, 76), "white")
+    photo.paste("red", (20, 10, 60, 60))
+    out = io.BytesIO()
+    photo.save(out, "PNG")
+    pictures = {k: out.getvalue() if k.endswith(".jpg") else v for k, v in pictures.items()}
+    tar(here / "CUB_200_2011.tgz", pictures), tar(here / "cvpr2016_cub.tar.gz", captions)
+    ds = data.load("cub-box", here)
+    check_form(ds, 12, 4, 2)
+    assert np.allclose(ds.boxes[0], [15 * 76 / 70, 10 * 76 / 70, 40 * 76 / 70, 50 * 76 / 70], atol=1e-4)
+    red = ds.images[0].astype(int)[..., 1] < 128                        # the box lies where the bird does
+    assert np.allclose(np.argwhere(red).min(0), ds.boxes[0][[1, 0]], atol=1) and np.allclose(np.argwhere(red).max(0) + 1, ds.boxes[0][[1, 0]] + ds.boxes[0][[3, 2]], atol=1)
+    assert np.allclose(ds.keypoints[0][0], [(2 - 5) * 76 / 70, 4 * 76 / 70], atol=1e-4)
+
+
 def test_flowers(here):
     pictures = {f"jpg/image_{i:05d}.jpg": jpeg(COLOUR_BYTES[i % 4]) for i in range(1, 9)}
     class_of = lambda i: 20 + i % 4         # 20 is unseen, 21 to 23 are not
@@ -602,7 +622,10 @@ def test_toy(here):
     check_form(ds, 8000, 200, 50)
     assert all(len(c) == 10 for c in ds.captions) and (np.bincount(ds.labels) == 40).all()
     assert not np.isnan(ds.keypoints).any() and (ds.boxes[:, 2:] > 30).all()
-    assert len({tuple(n.split(".")[1].split("-")) for n in ds.class_names}) == 200      # no species twice
+    kinds = np.array([n.split(".")[1].split("-") for n in ds.class_names])
+    apart = (kinds[:, None] != kinds).sum(2) + 4 * np.eye(200)
+    assert kinds.shape == (200, 4) and apart.min() == 2                 # any two species differ in two colours or more
+    assert all(len(set(kind)) == 1 for kind in kinds[:len(data.COLOURS)]) and not ds.unseen[:len(data.COLOURS)].any()
 
 
 def test_toy_pictures_carry_the_colours_that_captions_name(here):
@@ -654,6 +677,12 @@ def test_text_of_a_picture_is_a_mean_of_its_own_captions(here):
     assert (apart.min(1).values < 1e-3 * possible.abs().max()).all() and len(apart.argmin(1).unique()) == 5
 
 
+def test_style_has_the_length_of_a_noise():
+    S, x = gan_cls.StyleEncoder(4).eval(), torch.rand(5, 3, 64, 64)
+    s, raw = S.style(x), S(x)
+    assert torch.allclose(s.norm(dim=1), torch.full((5,), 10.0)) and torch.allclose(nn.functional.cosine_similarity(s, raw), torch.ones(5), atol=1e-5)
+
+
 # -------- what comes from outside
 
 
@@ -689,8 +718,8 @@ def test_all_kinds_of_pictures():
                        ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "WEBP"), ("F", "TIFF")):
         out = io.BytesIO()
         (Image.new("I;16", (50, 90), 30000) if mode == "I;16" else Image.new("RGB", (50, 90), (120, 120, 120)).convert(mode)).save(out, kind)
-        pixels, size = data.read_picture(out.getvalue())
-        assert pixels.shape == (76, 76, 3) and pixels.dtype == np.uint8 and size == (50, 90)
+        pixels, window = data.read_picture(out.getvalue())
+        assert pixels.shape == (76, 76, 3) and pixels.dtype == np.uint8 and window == (0, 0, 50, 90)
         assert mode == "1" or 80 < pixels.mean() < 160, mode
     clear = io.BytesIO()
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(clear, "PNG")
@@ -999,14 +1028,14 @@ def test_benchmark_writes_nothing(here, capsys):
 
 def test_encoder_on_its_own(here, capsys):
     own_folder(here / "mine", classes=5, each=4)
-    assert call(encoder, "--dataset", "mine", "--steps", 2, "--cnn-dim", 8, "--device", "cpu") == 0
+    assert call(encoder, "--dataset", "mine", "--steps", 2, "--device", "cpu") == 0
     first = capsys.readouterr().out
     assert call(encoder, "--dataset", "mine", "--evaluate", "--device", "cpu") == 0
     again = capsys.readouterr().out
     assert "zero-shot top-1" in first and "AP@50" in first and first.splitlines()[-1] == again.splitlines()[-1]
     np.save("f.npy", np.random.default_rng(0).normal(size=(20, 1024)).astype(np.float16))
     features = ["--image-features", "f.npy", "--out", "f.pt", "--device", "cpu"]
-    assert call(encoder, "--dataset", "mine", "--steps", 2, "--cnn-dim", 8, *features) == 0
+    assert call(encoder, "--dataset", "mine", "--steps", 2, *features) == 0
     assert call(encoder, "--dataset", "mine", "--evaluate", *features) == 0
     assert call(encoder, "--dataset", "mine", "--evaluate", "--out", "f.pt", "--device", "cpu") == 2    # whose features?
 

@@ -21,31 +21,28 @@ import data
 import encoder
 from data import UserError, save_picture, sheet
 from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
-from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, pick_device, style_loss
+from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, style_loss
 
 # variant: (matching-aware, interpolated). One loop, two switches.
 VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
 
 RECIPES = {
     # [A] section 5, nothing else: --recipe paper.
-    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, near=0, decay=False),
-    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G learns faster than D, and both
-    # slow down over the last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees
-    # augmented pictures; half of the wrong texts are of one of the `near` classes most alike; G is rewarded for heeding z; samples
-    # come from an average of G's last weights. They were found together, not measured one by one.
-    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, near=10, decay=True),
-}
+    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, decay=False),
+    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G learns faster than D, and both slow
+    # down over the last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented
+    # pictures; G is rewarded for heeding z; samples come from an average of G's last weights. They were found together, not measured one
+    # by one.
+    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, decay=True)}
 
-TOY_STEPS = 6000                                # some 10 minutes on two cores
-STYLE_STEPS = 1200                              # of the style encoder
+TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds, some 10 minutes on two cores; of S
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
 # ---- Batches ---------------------------------------------------------------------------------
 class Batches:
-    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table. A batch is then a
-    few gathers, without a loop in Python and without a word to the CPU."""
-
-    def __init__(self, ds, phi, device, captions=1, near=0):
+    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table. A batch is then a few gathers,
+    without a loop in Python and without a word to the CPU."""
+    def __init__(self, ds, phi, device, captions=1):
         self.images, self.captions = picture_tensor(ds, device), captions
         self.starts = encoder.caption_starts(ds).to(device)
         self.table = embed(phi, [t for c in ds.captions for t in c]).half()      # (captions of all pictures, 1024)
@@ -56,11 +53,6 @@ class Batches:
             raise UserError("training needs pictures of at least two classes: a wrong text comes from another class")
         self.order, self.class_of, self.size = (torch.from_numpy(a).to(device) for a in (order, class_of, size))
         self.first = self.size.cumsum(0) - self.size
-        self.near = None
-        if near:
-            every = torch.stack([self.texts(self.order[self.class_of == c][:16]).mean(0) for c in range(len(size))])   # (classes, 1024)
-            self.near = torch.cat([torch.cdist(m, every).topk(min(near, len(size) - 1) + 1, largest=False).indices[:, 1:]
-                                   for m in every.split(500)])                   # (classes, near): not itself
 
     def __len__(self):
         return len(self.order)
@@ -76,8 +68,6 @@ class Batches:
         B, classes, mine = len(places), len(self.size), self.class_of[places]
         draw = lambda n: (torch.rand(B, device=places.device, dtype=torch.float64) * n).long()     # 0 .. n - 1
         other = (mine + 1 + draw(classes - 1)) % classes                         # a class that is not the picture's
-        if self.near is not None:                                                # for half of the batch, one like it
-            other[:B // 2] = self.near[mine, draw(self.near.shape[1])][:B // 2]
         wrong = self.first[other] + draw(self.size[other])
         return random_crops(self.images, self.order[places]), self.texts(self.order[places]), self.texts(self.order[wrong])
 
@@ -89,8 +79,6 @@ def get_encoder(ds, path, device, log=print, **options):
     return load_checkpoint(path, "encoder")
 
 # ---- Pictures of the progress ----------------------------------------------------------------
-COLOURS = ("black", "red", "green", "orange", "blue")
-
 def plot(panels, path, size=360):
     """Line plots side by side, as a picture: panels is a list of {name: (xs, ys)}; both axes begin at 0."""
     pen = ImageDraw.Draw(page := Image.new("RGB", (size * len(panels), size), "white"))
@@ -102,9 +90,10 @@ def plot(panels, path, size=360):
             pen.text(place, text, "black", anchor=anchor)
         for i, (name, (xs, ys)) in enumerate(lines.items()):
             points = [(left + (right - left) * float(x) / wide, bottom - (bottom - top) * float(y) / high) for x, y in zip(xs, ys)]
+            ink = ("black", "red", "green", "orange", "blue")[i % 5]
             if len(points) > 1:
-                pen.line(points, COLOURS[i % 5], 2)
-            pen.text((left, 10 + 14 * i), name, COLOURS[i % 5], anchor="lm")
+                pen.line(points, ink, 2)
+            pen.text((left, 10 + 14 * i), name, ink, anchor="lm")
     save_picture(page, path)
 
 def draw_history(history, path):
@@ -115,7 +104,6 @@ def draw_history(history, path):
 # ---- Training --------------------------------------------------------------------------------
 class Trainer:
     """The state of a run, and how it is saved and restored."""
-
     def __init__(self, settings, device, encoder_checkpoint):
         self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
@@ -129,8 +117,7 @@ class Trainer:
         self.opt_G = torch.optim.Adam(self.G.parameters(), torch.tensor(self.recipe["lr_G"], device=device), **adam)
         self.opt_D = torch.optim.Adam(self.D.parameters(), torch.tensor(self.recipe["lr_D"], device=device), **adam)
         self.amp, self.scaler, self.precision = pick_autocast(device, settings["precision"])
-        self.step, self.history, self.S = 0, [], None
-        self.graph, self.until_capture = None, None
+        self.step, self.history, self.S, self.graph, self.until_capture = 0, [], None, None, None
 
     def parts(self):
         return {k: getattr(self, k) for k in ("G", "D", "average", "opt_G", "opt_D", "scaler")}
@@ -185,9 +172,9 @@ class Trainer:
         return out
 
     def compile(self, log=print):
-        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile),
-        then, after three steps, record the whole step once and replay it from then on (a CUDA graph). fp16 is not recorded,
-        since its scaler decides on the CPU."""
+        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile), then, after
+        three steps, record the whole step once and replay it from then on (a CUDA graph). fp16 is not recorded, since its scaler decides
+        on the CPU."""
         log("compiling the step: a minute or two (--no-compile skips it)")
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         for part in (self.G, self.D.features, self.D.text, self.D.joint):
@@ -204,8 +191,8 @@ class Trainer:
             log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
 
     def set_rates(self, epoch):
-        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a
-        straight line, over the last half of the steps."""
+        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a straight line,
+        over the last half of the steps."""
         factor = 0.5 ** (epoch // 100)
         if self.recipe["decay"]:
             factor = min(1.0, max(0.1, 2 - 2 * self.step / self.settings["steps"]))
@@ -288,8 +275,8 @@ def paint(G, h, seed=0):
 
 @torch.no_grad()
 def measure(ds, batches, G, S, scorer, groups, device):
-    """One trained model on the unseen classes -> dict of numbers, and S of the real pictures (n, 100). scorer: an encoder's
-    checkpoint that had no part in the training of G; groups: {name: pairs} of style verification."""
+    """One trained model on the unseen classes -> dict of numbers, and S of the real pictures (n, 100). scorer: an encoder's checkpoint
+    that had no part in the training of G; groups: {name: pairs} of style verification."""
     phi, v = encoder.build(scorer, device)
     index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
@@ -314,8 +301,8 @@ def measure(ds, batches, G, S, scorer, groups, device):
     return out, s
 
 def measure_transfer(ds, batches, G, S, index, tower, device):
-    """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the
-    bird (of 8 groups; chance about 1 in 8) and the direction (a linear probe on features; chance 1 in 2) stay the query's?"""
+    """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the bird (of 8
+    groups; chance about 1 in 8) and the direction (a linear probe on features; chance 1 in 2) stay the query's?"""
     facing = torch.from_numpy(np.sign(ds.keypoints[:, 0, 0] - ds.keypoints[:, 5, 0]))       # beak against tail; nan: not seen
     known = lambda i: i[facing[i].isfinite()]
     train, query = known(torch.from_numpy(ds.split(False)))[::2], known(index)
@@ -323,7 +310,7 @@ def measure_transfer(ds, batches, G, S, index, tower, device):
     columns = lambda x: tower(x).mean(2).flatten(1)                                         # (N, 256 * 4): left and right kept apart
     probe = torch.linalg.lstsq(columns(pictures(train)), facing[train, None].float(), driver="gelsd").solution
     x = pictures(query)
-    y = torch.cat([G(S(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
+    y = torch.cat([G(S.style(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
     above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]
     group = encoder.kmeans(torch.cat(above), 8).view(2, -1)
     return {"style: background": (group[0] == group[1]).float().mean().item(),
@@ -345,8 +332,8 @@ def export(args, path):
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
 
 def compare(args):
-    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished
-    runs are reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
+    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished runs are
+    reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
     started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
     rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
     for variant in variants:
@@ -385,8 +372,8 @@ def compare(args):
 
 # ---- How fast it is --------------------------------------------------------------------------
 def plain_step(run, x, h, h_wrong):
-    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three of G, weight
-    gradients of D in G's step too. The same losses."""
+    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three of G, weight gradients of
+    D in G's step too. The same losses."""
     G, D, B = run.G, run.D, len(x)
     log_yes, log_no = (lambda s: F.logsigmoid(s).mean()), (lambda s: F.logsigmoid(-s).mean())
     noise = lambda n: torch.randn(n, Z_DIM, device=x.device)
@@ -415,8 +402,7 @@ def benchmark(args):
         times = []
         for i in range(warm + repeats):
             start = time.perf_counter()
-            step()
-            done()
+            step(), done()
             times.append(time.perf_counter() - start)
         return 1000 * float(np.median(times[warm:]))
 
@@ -457,8 +443,7 @@ def benchmark(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, positive = parser.add_argument, data.number(1, 10_000_000)
-    add("--dataset", default="toy", help="toy, cub, flowers or a folder of pictures with captions (default: toy)")
-    add("--from", dest="source", metavar="DIR", help="folder with the archives of cub or flowers, brought by hand")
+    encoder.add_options(add)
     add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick (default): with what makes few steps enough")
     length = parser.add_mutually_exclusive_group()
@@ -466,12 +451,8 @@ def main():
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
-    add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 32)")
-    add("--device", type=pick_device, default="auto", help="auto (default), cpu, cuda or cuda:1")
+    add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 16)")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
-    add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
-    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (default: conv; paper: googlenet)")
-    add("--image-features", metavar="FILE.npy", help="its image side as given features, a row a picture")
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
@@ -518,7 +499,7 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                               image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
     run = Trainer(settings, device, trained)
-    batches = Batches(ds, phi, device, run.recipe["captions"], run.recipe["near"])
+    batches = Batches(ds, phi, device, run.recipe["captions"])
     if checkpoint:
         with fitting(path):
             run.restore(checkpoint)
@@ -548,11 +529,11 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
 def choose_settings(args, variant, seed, pictures, device):
     wide = device.type == "cuda"
     if not wide and not (args.ngf and args.ndf):
-        print("no CUDA device: training at ngf = ndf = 32 (the paper: 128 and 64; --ngf and --ndf choose)")
+        print("no CUDA device: training at a quarter of the paper's widths, ngf 32 and ndf 16 (--ngf and --ndf choose)")
     batch_size = min(args.batch_size or RECIPES[args.recipe]["batch_size"], pictures)
     steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
     return dict(dataset=args.dataset, variant=variant, recipe=args.recipe, batch_size=batch_size, steps=steps, seed=seed,
-                precision=args.precision, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 32))
+                precision=args.precision, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 16))
 
 def sample_pictures(ds, n=6):
     """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
