@@ -15,6 +15,7 @@ classes that are never trained on. It is built once, into the folder `cache/`, a
 
 import argparse, hashlib, inspect, io, json, os, random, re, shutil, sys, tarfile, tempfile, textwrap, urllib.error
 import urllib.request, warnings, zipfile
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,15 +90,8 @@ class Dataset:
         """Indices of the pictures of the training classes (False) or of the unseen ones (True)."""
         return np.flatnonzero(self.unseen[self.labels] == unseen)
 
-@dataclass
-class Picture:
-    """What a source gives of one picture, before the cache."""
-    pixels: np.ndarray          # (76, 76, 3) uint8
-    captions: list
-    label: str                  # name of its class
-    row: int                    # its place in the source's own order
-    boxes: np.ndarray = None
-    keypoints: np.ndarray = None
+# What a source gives of one picture, before the cache: (76, 76, 3) uint8, list of captions, name of its class, place in the source's order.
+Picture = namedtuple("Picture", "pixels captions label row boxes keypoints", defaults=(None, None))
 
 # ---- toy: birds drawn here -------------------------------------------------------------------
 COLOURS = {  # what a caption can say of a part
@@ -161,13 +155,11 @@ def toy_draw(rng, bird):
 
     def colour(name, factor=1.0):
         return tuple(int(max(0, min(255, c * factor + tint))) for c in COLOURS[name])
-
     def shape(points, fill, part_of_bird=True):
         points = [at(x, y) for x, y in points]
         draw.polygon(points, fill=fill)
         if part_of_bird:
             seen.extend(points)
-
     def oval(x, y, rx, ry, fill, angle=0.0, first=0.0, last=1.0):
         a = np.linspace(first, last, 32) * 2 * np.pi
         u, v, c, s = rx * np.cos(a), ry * np.sin(a), np.cos(angle), np.sin(angle)
@@ -438,12 +430,10 @@ def build_archives(name, pictures_path, captions_path):
             continue
         path, pixels, (left, top, right, bottom) = pictures[name_of]
         origin, scale = np.array([left, top]), IMAGE_SIZE / np.array([right - left, bottom - top])  # boxes and parts to 76x76 pixels
-        p = Picture(pixels, captions[name_of], path.split("/")[-2] if name != "flowers" and "/" in path else classes[name_of], row)
-        if number in boxes:
-            p.boxes = (np.array(boxes[number]) - [*origin, 0, 0]) * np.tile(scale, 2)
-        if tables.get("part_locs"):
-            p.keypoints = (np.array([points.get((number, part), (np.nan, np.nan)) for part in CUB_PARTS]) - origin) * scale
-        out.append(p)
+        box = (np.array(boxes[number]) - [*origin, 0, 0]) * np.tile(scale, 2) if number in boxes else None
+        parts = [(np.array(points.get((number, part), (np.nan, np.nan))) - origin) * scale for part in CUB_PARTS] if points else None
+        label = path.split("/")[-2] if name != "flowers" and "/" in path else classes[name_of]
+        out.append(Picture(pixels, captions[name_of], label, row, box, parts))
     return out, {p.label for p in out if number_of(p.label) in unseen}, skipped
 
 CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
@@ -475,11 +465,11 @@ def load(name, source=None):
     that a change there means another cache. source: a folder with the archives of cub or flowers. Raises UserError."""
     paths, label = [], name
     if name == "toy":
-        made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures)]
+        made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures, build_toy)]
         made_of += [COLOURS, BACKGROUNDS, BILLS, TEMPLATES, PLAIN]
         build = build_toy
     elif name in SOURCES:
-        old = sorted(CACHE.glob(f"{name}-*/meta.json"), key=os.path.getmtime)
+        old = sorted(CACHE.glob(f"{name}-{'[0-9a-f]' * 16}/meta.json"), key=os.path.getmtime)
         if old and not source:                                  # what it was made from last time
             paths = [Path(p) for p in json.loads(old[-1].read_text())["paths"]]
             if not all(p.exists() for p in paths):
@@ -489,7 +479,7 @@ def load(name, source=None):
     else:
         if not Path(name).is_dir():
             raise UserError(f"unknown data set {name!r}: expected toy, cub, cub-box, flowers or a folder of pictures")
-        paths, label = [Path(name).resolve()], Path(name).resolve().name
+        paths, label = [Path(name).resolve()], "own-" + Path(name).resolve().name      # a folder of yours may be called cub
         made_of, build = stamp(paths), lambda: build_folder(paths[0])
     digest = hashlib.sha256(repr((FORMAT, made_of)).encode()).hexdigest()[:16]
     folder = CACHE / f"{label}-{digest}"
@@ -529,7 +519,7 @@ def write_cache(folder, label, pictures, unseen, skipped, paths):
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    for other in CACHE.glob(f"{label}-*"):          # of an earlier state of the same source
+    for other in CACHE.iterdir():                   # of an earlier state of the same source
         if other != folder and re.fullmatch(re.escape(label) + "-[0-9a-f]{16}", other.name):
             shutil.rmtree(other, ignore_errors=True)
 

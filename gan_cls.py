@@ -14,7 +14,7 @@ Read this file with the paper open: it goes in the paper's order.
 x a picture in [-1, 1], s a score. "The authors' code" is github.com/reedscot/icml2016.
 """
 
-import contextlib
+import argparse, contextlib
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def deconv(c_in, c_out, kernel, stride=1, padding=0):
     return nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=False)
 
 def init_weights(net):
-    """Section 5: convolutions and linear layers N(0, 0.02), batch-norm scales N(1, 0.02), biases 0. In place."""
+    """The authors' code, in place: convolutions N(0, 0.02) (linear layers too), batch-norm scales N(1, 0.02), biases 0."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(m.weight, 0.0, 0.02)
@@ -61,7 +61,7 @@ class Residual(nn.Module):
 class Generator(nn.Module):
     """G(z, h): noise and a sentence to a picture. [A] section 4.1, figure 2 left.
 
-    ngf: channels at 32x32; each step towards 4x4 doubles them. The paper's size is 128."""
+    ngf: channels at 32x32; each step towards 4x4 doubles them. 128 is the authors' size."""
 
     def __init__(self, ngf=128, z_dim=Z_DIM, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
         super().__init__()
@@ -218,7 +218,7 @@ class StyleEncoder(nn.Module):
 
     def __init__(self, nsf=32, z_dim=Z_DIM):
         super().__init__()
-        self.net = nn.Sequential(PictureTower(nsf), nn.Flatten(), nn.Linear(128 * nsf, z_dim))
+        self.net = nn.Sequential(PictureTower(nsf), nn.Flatten(), nn.Linear(16 * 8 * nsf, z_dim))
         init_weights(self)
 
     def forward(self, x):
@@ -257,21 +257,25 @@ def mode_seeking_loss(z1, z2, x1, x2):
     z (N, 100), x (N, 3, 64, 64), the text of x1[i] and x2[i] the same -> scalar."""
     far_z = (z1 - z2).abs().mean(1)                                             # (N,)
     far_x = (x1.float() - x2.float()).abs().mean((1, 2, 3))                     # (N,)
-    # A ratio for each pair, not of the means: the pairs that look alike weigh most, and two extremes that share the
-    # noises among them do not pass for variety.
+    # A ratio for each pair, not of the means: two extremes that share all noises do not pass for variety.
     return (far_z / (far_x + 0.05)).mean()
 
 # ---- The machine: where to compute, and in how many bits -------------------------------------
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def pick_device(name="auto"):
-    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what torch does not have here."""
+    """"auto" is CUDA where there is one, else the CPU. For argparse: raises its error for what is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected a cpu or cuda device, got {name!r}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)       # CUDA graphs are recorded on the current one
+    return device
 
 def pick_autocast(device, precision="auto"):
     """(autocast context, GradScaler, name) for a device and "auto", "bf16", "fp16" or "fp32".

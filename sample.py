@@ -58,12 +58,12 @@ def find_weights(name):
 
 GALLERY = {     # picture: what to say to get it
     "birds": ["this vibrant red bird has a pointed black beak", "this bird is yellowish orange with black wings",
-              "the bright blue bird has a white colored belly", "--weights", "cub"],
+              "the bright blue bird has a white colored belly"],
     "flowers": ["this flower has white petals and a yellow stamen", "the center is yellow surrounded by wavy dark purple petals",
                 "this flower has lots of small round pink petals", "--weights", "flowers"],
-    "between-texts": ["--interpolate", "a bright red bird", "an all blue bird", "--weights", "cub"],
-    "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings", "--weights", "cub"],
-    "outside": ["the completely red cat", "the blue bird with green wings", "--weights", "cub"],
+    "between-texts": ["--interpolate", "a bright red bird", "an all blue bird"],
+    "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings"],
+    "outside": ["the completely red cat", "the blue bird with green wings"],
     "toy": ["an all black bird", "a red bird with a yellow crown, a white belly and black wings", "a blue bird with a white belly", "--weights", "toy"],
     "style": ["an all red bird", "a blue bird with a white belly", "--weights", "toy", "--style", *(f"assets/query-{i}.png" for i in range(1, 7))]}
 
@@ -83,8 +83,8 @@ def main(argv=None):
     mode.add_argument("--gallery", action="store_true", help="draw the README's pictures, into assets/")
     args = parser.parse_args(argv)
     if args.gallery:
-        for name, words in GALLERY.items():
-            main([*words, "--out", f"assets/{name}.png"])
+        for name, words in GALLERY.items():                         # --weights: the last one counts
+            main(["--weights", "cub", "--out", f"assets/{name}.png", *words])
         return
     texts = [" ".join(t.split()) for t in args.texts]
     if not texts or not all(texts):

@@ -818,9 +818,9 @@ def test_captions_that_cannot_be_fetched_are_named(here, monkeypatch):
 def test_a_changed_source_is_seen(here):
     folder = own_folder(here / "mine")
     assert data.load(str(folder)).captions[0][0] == "colour 0"
-    stamp = os.stat(next((here / "cache").glob("mine-*/images.npy"))).st_mtime_ns
+    stamp = os.stat(next((here / "cache").glob("own-mine-*/images.npy"))).st_mtime_ns
     data.load(str(folder))
-    assert os.stat(next((here / "cache").glob("mine-*/images.npy"))).st_mtime_ns == stamp       # not built again
+    assert os.stat(next((here / "cache").glob("own-mine-*/images.npy"))).st_mtime_ns == stamp       # not built again
     (folder / "kind0" / "p0.txt").write_text("another colour")
     assert data.load(str(folder)).captions[0][0] == "another colour"
     assert len(list((here / "cache").iterdir())) == 1               # the old one is gone, and nothing is left about
@@ -968,7 +968,10 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, [*TINY, "--out", "run"], "--resume"),
         (train, [*TINY, "--out", "new", "--resume"], "nothing to resume"),
         (train, [*TINY, "--steps", "-3"], "expected a number"),
-        (train, ["--device", "toaster"], "device"),
+        (train, ["--device", "toaster"], "toaster"),
+        (train, ["--device", "meta"], "expected a cpu or cuda device"),
+        (train, [*TINY, "--out", "few", "--batch-size", 3], "too small"),
+        (train, ["--out", "run", "--resume", "--epochs", 7], "--steps"),
         (sample, ["", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [" \n\t ", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [text, "--weights", "missing.pt"], "no file missing.pt"),
@@ -1020,10 +1023,22 @@ def test_compare_and_export(tiny, capsys):
     assert np.abs(a - b).max() <= 3 and (tiny / "weights/mine.pt").stat().st_size < 0.5 * (tiny / "runs/mine-gan-int-cls/checkpoint.pt").stat().st_size
 
 
+def test_cub_is_not_taken_for_cub_box(here):
+    pictures, captions = cub_files()
+    (here / "from").mkdir()
+    tar(here / "from/CUB_200_2011.tgz", pictures), tar(here / "from/cvpr2016_cub.tar.gz", captions)
+    whole = np.array(data.load("cub", here / "from").images)
+    close = np.array(data.load("cub-box", here / "from").images)
+    own_folder(here / "cub")
+    data.load("./cub")                              # a folder of the same name leaves the other caches alone
+    shutil.rmtree(here / "from")
+    assert np.array_equal(data.load("cub").images, whole) and np.array_equal(data.load("cub-box").images, close)
+
+
 def test_benchmark_writes_nothing(here, capsys):
     assert call(train, "--benchmark", "--ngf", 2, "--ndf", 2, "--batch-size", 8, "--device", "cpu") == 0
     out = capsys.readouterr().out
-    assert "faster than plain" in out and "TFLOP/s" in out and "82,800 steps" in out and list(here.iterdir()) == []
+    assert "faster than plain" in out and "TFLOP/s" in out and "663,600 steps" in out and list(here.iterdir()) == []
 
 
 def test_encoder_on_its_own(here, capsys):

@@ -29,11 +29,10 @@ VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, 
 RECIPES = {
     # [A] section 5, nothing else: --recipe paper.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, average=0.0, decay=False),
-    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G learns faster than D, and both slow
-    # down over the last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented
-    # pictures; G is rewarded for heeding z; samples come from an average of G's last weights. They were found together, not measured one
-    # by one.
-    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=1e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, decay=True)}
+    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; rates that fall over the last half of
+    # them; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures; G is rewarded
+    # for heeding z; samples come from an average of G's last weights. They were found together, not measured one by one.
+    "quick": dict(batch_size=32, lr_G=2e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, decay=True)}
 
 TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds, some 10 minutes on two cores; of S
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
@@ -112,12 +111,11 @@ class Trainer:
         self.G = Generator(settings["ngf"]).to(**layout)
         self.D = Discriminator(settings["ndf"]).to(**layout)
         self.average = copy.deepcopy(self.G).eval()
-        # [A] section 5: beta1 = 0.5. The rates are tensors, so that a recorded step reads them anew.
-        adam = dict(betas=(0.5, 0.999), fused=True, capturable=device.type == "cuda")
+        adam = dict(betas=(0.5, 0.999), fused=True)         # [A] section 5: beta1 = 0.5. Rates as tensors: a recorded step reads them anew
         self.opt_G = torch.optim.Adam(self.G.parameters(), torch.tensor(self.recipe["lr_G"], device=device), **adam)
         self.opt_D = torch.optim.Adam(self.D.parameters(), torch.tensor(self.recipe["lr_D"], device=device), **adam)
         self.amp, self.scaler, self.precision = pick_autocast(device, settings["precision"])
-        self.step, self.history, self.S, self.graph, self.until_capture = 0, [], None, None, None
+        self.step, self.history, self.S, self.graph, self.capture_at = 0, [], None, None, None
 
     def parts(self):
         return {k: getattr(self, k) for k in ("G", "D", "average", "opt_G", "opt_D", "scaler")}
@@ -125,21 +123,22 @@ class Trainer:
     def save(self, path):
         save_checkpoint(path, kind="gan-cls", settings=self.settings, encoder=self.encoder, step=self.step,
                         history=self.history, S=self.S and self.S.state_dict(), rng=torch.get_rng_state(),
-                        cuda_rng=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                        cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                         **{k: v.state_dict() for k, v in self.parts().items()})
 
     def restore(self, checkpoint):
         for k, v in self.parts().items():
-            v.load_state_dict(checkpoint[k])
+            if k != "scaler" or checkpoint[k]:              # empty: the run was in bf16 or fp32 until now
+                v.load_state_dict(checkpoint[k])
         for optimiser in (self.opt_G, self.opt_D):          # the run may have been on another device
             group = optimiser.param_groups[0]
-            group.update(lr=group["lr"].to(self.device), capturable=self.device.type == "cuda")
+            group.update(lr=group["lr"].to(self.device), capturable=False)
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         if checkpoint["S"]:
             self.S = load_into(StyleEncoder, checkpoint["S"]).to(self.device, memory_format=torch.channels_last).eval()
         torch.set_rng_state(checkpoint["rng"])
-        if self.device.type == "cuda" and checkpoint["cuda_rng"]:
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
 
     def update_average(self):
         """average <- d * average + (1 - d) * G, with a smaller d in the first steps; d = 0 is G itself."""
@@ -165,29 +164,30 @@ class Trainer:
             out = self.algorithm1(batches.batch(places))
         self.step += 1
         self.update_average()
-        if self.until_capture:
-            self.until_capture -= 1
-            if not self.until_capture:
-                self.capture(batches, places)
+        if self.step == self.capture_at:
+            self.capture(batches, places)
         return out
 
     def compile(self, log=print):
-        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile), then, after
-        three steps, record the whole step once and replay it from then on (a CUDA graph). fp16 is not recorded, since its scaler decides
-        on the CPU."""
+        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile); after three
+        steps record the whole step and replay it from then on (a CUDA graph). fp16 is not recorded: its scaler decides on the CPU."""
         log("compiling the step: a minute or two (--no-compile skips it)")
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
+        torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
         for part in (self.G, self.D.features, self.D.text, self.D.joint):
             part.compile(dynamic=False)
-        self.until_capture = None if self.precision == "fp16" else 3
+        self.capture_at = None if self.precision == "fp16" else self.step + 3
 
     def capture(self, batches, places, log=print):
         self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
+        self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = True
         try:
             with torch.cuda.graph(graph):
                 self.graph_out = self.algorithm1(batches.batch(self.graph_places))
             self.graph = graph
-        except RuntimeError as error:
+        except RuntimeError as error:           # perhaps in the middle of the step
+            self.D.requires_grad_(True)
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
             log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
 
     def set_rates(self, epoch):
@@ -202,7 +202,7 @@ class Trainer:
 def train(run, batches, out_dir, show, log=print):
     """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
     s, start, began = run.settings, time.time(), run.step
-    B, n, per_epoch = s["batch_size"], len(batches), len(batches) // s["batch_size"]
+    B, n, per_epoch = s["batch_size"], len(batches), max(1, len(batches) // s["batch_size"])
     stop = []                           # Ctrl-C and kill: finish the step, save, go
     handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -336,12 +336,13 @@ def compare(args):
     reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
     started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
     rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
+    seeds = range(args.compare) if args.compare else [args.seed]
+    if not data.load(args.dataset, args.source).unseen.any():
+        raise UserError(f"{name} has no unseen classes to compare on")
     for variant in variants:
-        for seed in range(args.compare or 1):
-            folder = run_folder(args, variant, seed)
+        for seed in seeds:
+            folder = args.measure and args.out or run_folder(args, variant, seed)
             ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
-            if not ds.unseen.any():
-                raise UserError(f"{name} has no unseen classes to compare on")
             if not columns:
                 # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
                 scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
@@ -353,7 +354,7 @@ def compare(args):
                 columns.append(to_pixels(centre_crops(batches.images, torch.tensor(shown, device=device))))
             numbers, s = measure(ds, batches, run.average, run.S, scorer, groups, device)
             rows.setdefault(variant, []).append(numbers)
-            if seed == 0:
+            if seed == seeds[0]:
                 phi, _ = encoder.build(run.encoder, device)
                 columns.append(to_pixels(paint(run.average, embed(phi, texts), seed=3)))
                 for lines, (kind, pairs) in zip(curves, groups.items()):
@@ -381,7 +382,7 @@ def plain_step(run, x, h, h_wrong):
     run.opt_D.zero_grad()
     loss_D.backward()
     run.opt_D.step()
-    blends = (h[:B // 2] + h[B // 2:]) / 2
+    blends = (h[:B // 2] + h[B // 2:2 * (B // 2)]) / 2
     loss_G = -log_yes(D(G(noise(B), h), h)) - log_yes(D(G(noise(B // 2), blends), blends))
     run.opt_G.zero_grad()
     loss_G.backward()
@@ -424,7 +425,7 @@ def benchmark(args):
     size = 8192 if wide else 2048
     a = torch.randn(size, size, device=device).to(DTYPES[run.precision])
     peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
-    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // 64)
+    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // B)
     if wide:
         memory = torch.cuda.max_memory_allocated(device)
     else:
@@ -450,8 +451,8 @@ def main():
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
-    add("--ngf", type=positive, help="width of G (paper: 128, the default with CUDA; without: 32)")
-    add("--ndf", type=positive, help="width of D (paper: 64, the default with CUDA; without: 16)")
+    add("--ngf", type=positive, help="width of G (the authors: 128, the default with CUDA; without: 32)")
+    add("--ndf", type=positive, help="width of D (default: half of G's, as the authors')")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -490,6 +491,9 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                 if settings[key] not in allowed:
                     raise ValueError(key)
             load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
+            settings["dataset"] = str(settings["dataset"])
+        if args.epochs:
+            raise UserError("with --resume, say in --steps how far to go")
         settings["steps"] = args.steps or settings["steps"]
     ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
     if not resume:
@@ -503,7 +507,7 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
     if checkpoint:
         with fitting(path):
             run.restore(checkpoint)
-    if device.type == "cuda" and not args.no_compile:
+    if device.type == "cuda" and not args.no_compile and run.step < settings["steps"]:
         run.compile()
     print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
@@ -520,20 +524,22 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
             sys.exit(130)
         run.S = None                    # of a G that is no more
     if run.S is None:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):   # a run that goes on later must not notice
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):   # a run that goes on later must not notice
             run.S = train_style_encoder(run, batches, STYLE_STEPS)
         run.save(path)
     print(f"done: {path}\nnow try: python sample.py --weights {path} {json.dumps(texts[0])}")
     return ds, batches, run
 
 def choose_settings(args, variant, seed, pictures, device):
-    wide = device.type == "cuda"
-    if not wide and not (args.ngf and args.ndf):
-        print("no CUDA device: training at a quarter of the paper's widths, ngf 32 and ndf 16 (--ngf and --ndf choose)")
+    ngf = args.ngf or (128 if device.type == "cuda" else 32)
+    if device.type != "cuda" and not args.ngf:
+        print("no CUDA device: training at a quarter of the width, ngf 32 (--ngf and --ndf choose)")
     batch_size = min(args.batch_size or RECIPES[args.recipe]["batch_size"], pictures)
+    if batch_size < 4:
+        raise UserError(f"a batch of {batch_size} is too small: expected 4 training pictures or more")
     steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
     return dict(dataset=args.dataset, variant=variant, recipe=args.recipe, batch_size=batch_size, steps=steps, seed=seed,
-                precision=args.precision, ngf=args.ngf or (128 if wide else 32), ndf=args.ndf or (64 if wide else 16))
+                precision=args.precision, ngf=ngf, ndf=args.ndf or max(1, ngf // 2))
 
 def sample_pictures(ds, n=6):
     """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
