@@ -59,8 +59,6 @@ def find_weights(name):
 GALLERY = {     # picture: what to say to get it
     "birds": ["this vibrant red bird has a pointed black beak", "this bird is yellowish orange with black wings",
               "the bright blue bird has a white colored belly"],
-    "flowers": ["this flower has white petals and a yellow stamen", "the center is yellow surrounded by wavy dark purple petals",
-                "this flower has lots of small round pink petals", "--weights", "flowers"],
     "between-texts": ["--interpolate", "a bright red bird", "an all blue bird"],
     "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings"],
     "outside": ["the completely red cat", "the blue bird with green wings"],
