@@ -100,25 +100,12 @@ COLOURS = {  # what a caption can say of a part
 BACKGROUNDS = [  # style: no caption speaks of it
     (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232), (112, 128, 146), (78, 112, 88), (248, 236, 226)]
 BILLS = {"short": 0.11, "long": 0.20}
-TEMPLATES = [  # each in the manner of a CUB caption; a species fills in its own colours
-    "this bird has wings that are {wing} and has a {crown} crown",
-    "a {body} bird with a {belly} belly and {wing} wings",
-    "this {body} bird has a {crown} head and a {bill} {billcolour} bill",
-    "this bird is {body} with {wing} wings, a {crown} crown and a {bill} beak",
-    "a {bill} billed bird that is {body} with {wing} on its wings and a {belly} belly",
-    "the {body} bird has {wing} wings, its crown is {crown} and its bill is {billcolour}",
-    "a bird with a {body} body, a {belly} belly and a {crown} crown",
-    "this bird has a {belly} belly, {wing} wings and a {crown} head",
-    "a small {body} bird with {wing} wings, a {crown} crown and a {belly} belly",
-    "this is a {body} bird with a {crown} head, {wing} wings and a {belly} belly",
-    "the wings are {wing}, the belly is {belly}, the crown is {crown} and the back is {body}",
-    "this bird is {body}, it has a {belly} belly, a {crown} crown and wings that are {wing}",
-    "a {bill} billed {body} bird with a {crown} crown, a {belly} belly and {wing} wings",
-    "the bird has a {crown} crown, a {belly} belly, a {body} back and {wing} wings"]
-PLAIN = [  # for a species of one colour
-    "an all {body} bird with a {bill} bill", "this bird is completely {body} with a {bill} beak",
-    "this is an all {body} bird, its bill is {billcolour}", "a bird that is {body} all over",
-    "a small all {body} bird with {wing} wings and a {bill} {billcolour} bill"]
+# Captions in the manner of CUB's are put together from these, so that phi learns words in all places and not sentences by heart.
+WHOLE = ["a {body} bird with ", "a small {body} bird with ", "this {body} bird has ", "this bird is {body} and has ", "this is a {body} bird that has ",
+         "a {body} bird that has ", "this bird has "]
+PLAIN = ["an all {body} bird", "this bird is all {body}", "this all {body} bird", "this is a completely {body} bird", "a bird that is {body} all over"]
+PARTS = [["{wing} wings", "wings that are {wing}"], ["a {crown} crown", "a {crown} head"], ["a {belly} belly", "a {belly} belly and breast"],
+         ["a {bill} bill", "a {bill} {billcolour} beak", "a {billcolour} bill"]]
 KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]     # the six of [A] section 5.2
 
 def toy_species(rng, count):
@@ -134,9 +121,15 @@ def toy_species(rng, count):
             for colours in species]                         # those of one colour come first: they are trained on
 
 def toy_captions(rng, bird):
+    """10 captions. Each names two to four parts, one of a single colour sometimes none."""
+    out = []
     plain = len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
-    templates = PLAIN * 2 if plain else TEMPLATES
-    return [t.format(**bird).replace("a orange", "an orange") for t in rng.sample(templates, 10)]
+    for _ in range(10):
+        parts = [rng.choice(forms) for forms in rng.sample(PARTS, rng.randint(0 if plain else 2, 4))]
+        text = rng.choice(PLAIN) + (" with " if parts else "") if plain else rng.choice(WHOLE)
+        text += ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + "".join(parts[-1:])
+        out.append(text.format(**bird).replace("a orange", "an orange"))
+    return out
 
 def toy_draw(rng, bird):
     """One picture: (76, 76, 3) uint8, its box (x, y, w, h) and its six keypoints (6, 2), in pixels."""
@@ -466,7 +459,7 @@ def load(name, source=None):
     paths, label = [], name
     if name == "toy":
         made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures, build_toy)]
-        made_of += [COLOURS, BACKGROUNDS, BILLS, TEMPLATES, PLAIN]
+        made_of += [COLOURS, BACKGROUNDS, BILLS, WHOLE, PLAIN, PARTS]
         build = build_toy
     elif name in SOURCES:
         old = sorted(CACHE.glob(f"{name}-{'[0-9a-f]' * 16}/meta.json"), key=os.path.getmtime)

@@ -224,11 +224,6 @@ class StyleEncoder(nn.Module):
     def forward(self, x):
         return self.net(x)
 
-    def style(self, x):
-        """The s of a style transfer, (B, 3, 64, 64) -> (B, 100). departs from the paper: S(x) is stretched to the
-        length of a noise. A picture tells little of its z, eq. 6 then keeps S near 0, and G has never seen that."""
-        return F.normalize(self(x).float()) * self.net[-1].out_features ** 0.5
-
 def style_loss(z, z_hat):
     """[A] eq. 6, z_hat = S(G(z, phi(t))): both (B, 100) -> scalar, float32, mean over the batch."""
     # Eq. 6:  || z - S(G(z, phi(t))) ||_2^2: the sum of the squared differences, not their mean.

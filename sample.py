@@ -46,7 +46,7 @@ class Model:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the picture {path}: {error}") from None
         x = centre_crops(torch.tensor(pixels)[None].to(self.device), torch.zeros(1, dtype=torch.long, device=self.device))
-        return self.S.style(x), to_pixels(x)[0]
+        return self.S(x), to_pixels(x)[0]
 
 def find_weights(name):
     """A file, or a name in weights/; for None the newest run, and where there is none weights/cub.pt. Raises UserError."""

@@ -34,7 +34,7 @@ RECIPES = {
     # for heeding z; samples come from an average of G's last weights. They were found together, not measured one by one.
     "quick": dict(batch_size=32, lr_G=2e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, decay=True)}
 
-TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds, some 10 minutes on two cores; of S
+TOY_STEPS, STYLE_STEPS = 7000, 1200             # of G and D on the toy birds, some 10 minutes on two cores; of S
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
 # ---- Batches ---------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def measure_transfer(ds, batches, G, S, index, tower, device):
     columns = lambda x: tower(x).mean(2).flatten(1)                                         # (N, 256 * 4): left and right kept apart
     probe = torch.linalg.lstsq(columns(pictures(train)), facing[train, None].float(), driver="gelsd").solution
     x = pictures(query)
-    y = torch.cat([G(S.style(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
+    y = torch.cat([G(S(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
     above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]
     group = encoder.kmeans(torch.cat(above), 8).view(2, -1)
     return {"style: background": (group[0] == group[1]).float().mean().item(),
@@ -334,7 +334,7 @@ def export(args, path):
 def compare(args):
     """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished runs are
     reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
-    started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
+    started, device, name, length = time.time(), args.device, Path(args.dataset).resolve().name, 0
     rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
     seeds = range(args.compare) if args.compare else [args.seed]
     if not data.load(args.dataset, args.source).unseen.any():
@@ -343,6 +343,8 @@ def compare(args):
         for seed in seeds:
             folder = args.measure and args.out or run_folder(args, variant, seed)
             ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
+            if (length := length or run.step) != run.step:
+                raise UserError(f"{folder} has {run.step} steps, another {length}: remove it, or name the longer one in --steps")
             if not columns:
                 # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
                 scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
@@ -449,7 +451,7 @@ def main():
     add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick (default): with what makes few steps enough")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
-    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
+    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 7000)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (the authors: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (default: half of G's, as the authors')")
