@@ -61,9 +61,7 @@ GALLERY = {     # picture: what to say to get it
               "the bright blue bird has a white colored belly"],
     "between-texts": ["--interpolate", "a bright red bird", "an all blue bird"],
     "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings"],
-    "outside": ["the completely red cat", "the blue bird with green wings"],
-    "toy": ["an all black bird", "a red bird with a yellow crown, a white belly and black wings", "a blue bird with a white belly", "--weights", "toy"],
-    "style": ["an all red bird", "a blue bird with a white belly", "--weights", "toy", "--style", *(f"assets/query-{i}.png" for i in range(1, 7))]}
+    "outside": ["the completely red cat", "the blue bird with green wings"]}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from sentences.")
@@ -81,7 +79,7 @@ def main(argv=None):
     mode.add_argument("--gallery", action="store_true", help="draw the README's pictures, into assets/")
     args = parser.parse_args(argv)
     if args.gallery:
-        for name, words in GALLERY.items():                         # --weights: the last one counts
+        for name, words in GALLERY.items():
             main(["--weights", "cub", "--out", f"assets/{name}.png", *words])
         return
     texts = [" ".join(t.split()) for t in args.texts]

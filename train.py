@@ -34,7 +34,7 @@ RECIPES = {
     # for heeding z; samples come from an average of G's last weights. They were found together, not measured one by one.
     "quick": dict(batch_size=32, lr_G=2e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, average=0.998, decay=True)}
 
-TOY_STEPS, STYLE_STEPS = 7000, 1200             # of G and D on the toy birds, some 10 minutes on two cores; of S
+TOY_STEPS, STYLE_STEPS = 3500, 1200             # of G and D on the toy birds; of S
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
 
 # ---- Batches ---------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def main():
     add("--recipe", choices=RECIPES, default="quick", help="paper: section 5 as it stands; quick (default): with what makes few steps enough")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
-    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 7000)")
+    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 3500)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
     add("--ngf", type=positive, help="width of G (the authors: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (default: half of G's, as the authors')")
