@@ -946,7 +946,8 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     whole = torch.load(tiny / "run/checkpoint.pt", weights_only=True)
     for name, content in (("short", dict(kind="gan-cls", format=encoder.FORMAT, settings=dict(ngf=3))),
                           ("wide", dict(whole, settings=dict(whole["settings"], ngf=10 ** 6))),
-                          ("recipe", dict(whole, settings=dict(whole["settings"], recipe=["quick"])))):
+                          ("recipe", dict(whole, settings=dict(whole["settings"], recipe=["quick"]))),
+                          ("history", dict(whole, history=[dict(step=1, loss_D="low")]))):
         (tiny / name).mkdir()
         torch.save(content, tiny / name / "checkpoint.pt")
     text = "an all black bird"
@@ -988,6 +989,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--out", "short", "--export", "x"], "does not fit"),
         (train, ["--out", "wide", "--resume"], "does not fit"),
         (train, ["--out", "recipe", "--resume"], "does not fit"),
+        (train, ["--out", "history", "--resume", "--steps", 99], "does not fit"),
     ]
     capsys.readouterr()
     for module, args, message in cases:

@@ -134,6 +134,9 @@ class Trainer:
             group = optimiser.param_groups[0]
             group.update(lr=group["lr"].to(self.device), capturable=False)
         self.step, self.history = checkpoint["step"], checkpoint["history"]
+        for row in self.history:
+            if not {"step", "loss_D", "loss_G", "D(real)", "D(fake)"} <= row.keys() == self.history[0].keys() or not all(map(math.isfinite, row.values())):
+                raise ValueError("history")
         if checkpoint["S"]:
             self.S = load_into(StyleEncoder, checkpoint["S"]).to(self.device, memory_format=torch.channels_last).eval()
         torch.set_rng_state(checkpoint["rng"])
