@@ -13,8 +13,7 @@ classes that are never trained on. It is built once, into the folder `cache/`, a
     python data.py --dataset cub --from ~/Downloads      # files brought by hand
 """
 
-import argparse, hashlib, inspect, io, json, os, random, re, shutil, sys, tarfile, tempfile, textwrap, urllib.error
-import urllib.request, warnings, zipfile
+import argparse, hashlib, inspect, io, json, os, random, re, shutil, sys, tarfile, tempfile, textwrap, urllib.request, warnings, zipfile
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -114,7 +113,7 @@ def toy_species(rng, count):
     species = dict.fromkeys((c, c, c, c) for c in names)    # one of each single colour
     while len(species) < count:                             # in the others some parts look like the body, as in birds
         body = rng.choice(names)
-        new = (body, *(body if rng.random() < 0.35 else rng.choice(names) for _ in range(3)))
+        new = (body, *(body if rng.random() < 0.5 else rng.choice(names) for _ in range(3)))
         if all(sum(a != b for a, b in zip(new, old)) >= 2 for old in species):
             species[new] = None
     return [dict(zip(("body", "wing", "crown", "belly"), colours), bill=rng.choice(list(BILLS)), billcolour=rng.choice(["black", "orange", "yellow"]))
@@ -162,18 +161,18 @@ def toy_draw(rng, bird):
     shape([(-3, 0.40 - tilt), (3, 0.40 + tilt), (3, 0.47 + tilt), (-3, 0.47 - tilt)], (112, 80, 56), part_of_bird=False)    # branch
     for x in (-0.02, 0.10):                            # legs
         draw.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=S + 1)
-    shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["wing"], 0.82))   # tail
+    shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["body"], 0.82))   # tail
     oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
     oval(0.20, -0.14, 0.16, 0.17, colour(bird["body"]))                             # neck
-    oval(0.07, 0.07, 0.27, 0.175, colour(bird["belly"]))
+    oval(0.06, 0.11, 0.23, 0.125, colour(bird["belly"]))
     length = BILLS[bird["bill"]]
     shape([(0.42, -0.34), (0.42, -0.23), (0.43 + length, -0.26)], COLOURS[bird["billcolour"]])
     oval(0.28, -0.28, 0.19, 0.18, colour(bird["body"]))                             # head
     oval(0.28, -0.28, 0.19, 0.18, colour(bird["crown"]), 0.0, 0.44, 1.06)           # its upper two thirds
     oval(0.37, -0.27, 0.042, 0.042, (250, 250, 250))                                # eye
     oval(0.38, -0.27, 0.024, 0.024, (10, 10, 10))
-    oval(-0.12, -0.06, 0.25, 0.135, colour(bird["wing"], 0.75), 0.35)               # wing, with a rim
-    oval(-0.12, -0.06, 0.23, 0.115, colour(bird["wing"]), 0.35)
+    oval(-0.14, -0.07, 0.24, 0.115, colour(bird["wing"], 0.75), 0.25)               # wing, with a rim
+    oval(-0.14, -0.07, 0.22, 0.095, colour(bird["wing"]), 0.25)
 
     # To 76 pixels, by averaging: that is where the smooth edges come from.
     seen = np.array(seen) / S
@@ -286,9 +285,9 @@ def read_captions(data):
     lines = (" ".join(line.split()) for line in text.splitlines())
     return [line for line in lines if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
 
-def read_all(path, box=lambda name: None):
-    """Of a folder or archive: {name: (pixels, window)} of the pictures, {name: bytes} of the .txt files, and a list of the pictures that
-    could not be read. box: of each name, for read_picture."""
+def read_all(path, box=lambda name: None, texts=True):
+    """Of a folder or archive: {name: (pixels, window)} of the pictures, {name: bytes} of the .txt files (where `texts`), and a list of the
+    pictures that could not be read. box: of each name, for read_picture."""
     pictures, others, skipped, waiting = {}, {}, [], []
 
     def attempt(item):
@@ -306,7 +305,7 @@ def read_all(path, box=lambda name: None):
         for name, content in members(path):
             if re.search(r"(^|/)[^./][^/]*\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I):
                 waiting.append((name, content))
-            elif name.endswith(".txt"):
+            elif texts and name.endswith(".txt"):
                 others[name] = content
             if len(waiting) == 256:         # bounded, so that a gigabyte of pictures does not pile up
                 work_off()
@@ -411,7 +410,7 @@ def build_archives(name, pictures_path, captions_path):
         listed = {stem(path): number for number, path in tables.get("images", [])}
     except ValueError as error:
         raise UserError(f"{pictures_path}: a table is not as CUB's are ({error})") from None
-    pictures, _, skipped = read_all(pictures_path, lambda path: boxes.get(listed.get(stem(path))) if name == "cub-box" else None)
+    pictures, _, skipped = read_all(pictures_path, lambda path: boxes.get(listed.get(stem(path))) if name == "cub-box" else None, texts=False)
     pictures = {stem(path): (path, *rest) for path, rest in pictures.items()}
     # The source's own order: that of images.txt where there is one, else by file name.
     order = list(listed.items()) or [(s, s) for s in sorted(pictures)]

@@ -7,7 +7,7 @@ Read this file with the paper open: it goes in the paper's order.
     4.3  GAN-INT, eq. 5              -> interpolate
          Algorithm 1                 -> gan_cls_step, with both
     4.4  style transfer, eq. 6       -> StyleEncoder, style_loss
-    --   what is not in the paper    -> augment, mode_seeking_loss; pick_device, pick_autocast
+    --   what is not in the paper    -> augment, mode_seeking_loss, r1_step; pick_device, pick_autocast
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the picture, z the noise,
@@ -100,17 +100,18 @@ class Discriminator(nn.Module):
     """D(x, h): is this picture real, and does it fit the sentence? [A] section 4.1, figure 2 right.
 
     In two parts, because only the second sees the text: `D.features(x)` is paid once a picture and `D.score(f, h)` once
-    a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32."""
+    a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32. joint: channels where picture and text meet, the
+    authors' 8 * 64 at any ndf: a narrow D tells real from fake less well, which G needs; what fits, it should tell well."""
 
-    def __init__(self, ndf=64, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
+    def __init__(self, ndf=64, text_dim=TEXT_DIM, text_small=TEXT_SMALL, joint=512):
         super().__init__()
         leaky = nn.LeakyReLU(0.2, inplace=True)
         self.features = PictureTower(ndf)
         # The batch norm on the text is the authors' code; the paper does not name it.
         self.text = nn.Sequential(nn.Linear(text_dim, text_small), nn.BatchNorm1d(text_small), leaky)
         self.joint = nn.Sequential(
-            conv(8 * ndf + text_small, 8 * ndf, 1), nn.BatchNorm2d(8 * ndf), leaky,
-            nn.Flatten(), nn.Linear(16 * 8 * ndf, 1, bias=False))           # the 4x4 convolution to (B, 1)
+            conv(8 * ndf + text_small, joint, 1), nn.BatchNorm2d(joint), leaky,     # (B, joint, 4, 4)
+            nn.Flatten(), nn.Linear(16 * joint, 1, bias=False))             # the 4x4 convolution to (B, 1)
         init_weights(self)
 
     def score(self, f, h):
@@ -254,6 +255,17 @@ def mode_seeking_loss(z1, z2, x1, x2):
     far_x = (x1.float() - x2.float()).abs().mean((1, 2, 3))                     # (N,)
     # A ratio for each pair, not of the means: two extremes that share all noises do not pass for variety.
     return (far_z / (far_x + 0.05)).mean()
+
+def r1_step(D, opt_D, x, h, weight):
+    """A step of D alone, down its slope where picture and text are real and fit: R1 (Mescheder et al., ICML 2018), for
+    the text too, as in DF-GAN (Tao et al., CVPR 2022). x (B, 3, 64, 64), h (B, 1024). In 32 bits.
+    Without it D knows the training species by heart after 300 steps, and what it says of a fake's crown teaches nothing."""
+    x, h = x.detach().requires_grad_(True), h.detach().requires_grad_(True)
+    slopes = torch.autograd.grad(D(x, h).sum(), (x, h), create_graph=True)
+    penalty = sum(slope.flatten(1).square().sum(1).mean() for slope in slopes)      # E |dD/dx|^2 + E |dD/dh|^2
+    opt_D.zero_grad(set_to_none=True)
+    (weight * penalty).backward()
+    opt_D.step()
 
 # ---- The machine: where to compute, and in how many bits -------------------------------------
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

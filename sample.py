@@ -11,9 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-
-import data
-import encoder
+import data, encoder
 from data import UserError, read_picture, save_picture, sheet
 from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, to_pixels
 from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate, pick_device
