@@ -121,8 +121,7 @@ def toy_species(rng, count):
 
 def toy_captions(rng, bird):
     """10 captions. Each names two to four parts, one of a single colour sometimes none."""
-    out = []
-    plain = len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
+    out, plain = [], len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
     for _ in range(10):
         parts = [rng.choice(forms) for forms in rng.sample(PARTS, rng.randint(0 if plain else 2, 4))]
         text = rng.choice(PLAIN) + (" with " if parts else "") if plain else rng.choice(WHOLE)

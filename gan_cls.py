@@ -259,7 +259,7 @@ def mode_seeking_loss(z1, z2, x1, x2):
 def r1_step(D, opt_D, x, h, weight):
     """A step of D alone, down its slope where picture and text are real and fit: R1 (Mescheder et al., ICML 2018), for
     the text too, as in DF-GAN (Tao et al., CVPR 2022). x (B, 3, 64, 64), h (B, 1024). In 32 bits.
-    Without it D knows the training species by heart after 300 steps, and what it says of a fake's crown teaches nothing."""
+    Without it D knows the toy species by heart within 500 steps, and what it says of a fake bird's crown teaches nothing."""
     x, h = x.detach().requires_grad_(True), h.detach().requires_grad_(True)
     slopes = torch.autograd.grad(D(x, h).sum(), (x, h), create_graph=True)
     penalty = sum(slope.flatten(1).square().sum(1).mean() for slope in slopes)      # E |dD/dx|^2 + E |dD/dh|^2

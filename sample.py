@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+
 import data, encoder
 from data import UserError, read_picture, save_picture, sheet
 from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, to_pixels

@@ -363,6 +363,23 @@ def test_mode_seeking_rewards_different_pictures():
     assert apart(0.3, 0.3) < apart(0.0, 0.6)        # one collapsed pair is not made up for by a distant one
 
 
+def test_r1_step_is_the_slope_of_d_alone():
+    # D(x, h) = a |x|^2 / 2 + b sum(h) has the slopes a x and b: the penalty is a^2 mean|x|^2 + 1024 b^2.
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (2.0, 3.0))
+
+        def forward(self, x, h):
+            return self.a * x.square().sum((1, 2, 3)) / 2 + self.b * h.sum(1)
+    x, h = torch.rand(5, 3, 64, 64, dtype=torch.float64), torch.rand(5, 1024, dtype=torch.float64)
+    x.requires_grad_(True)              # as if G had drawn it: nothing may flow there
+    D = Plain()
+    gan_cls.r1_step(D, torch.optim.SGD(D.parameters(), lr=1.0), x, h, 1e-6)
+    assert D.a.item() == pytest.approx(2 - 1e-6 * 2 * 2 * x.square().sum().item() / 5, rel=1e-12)
+    assert D.b.item() == pytest.approx(3 - 1e-6 * 2 * 3 * 1024, rel=1e-12) and x.grad is None
+
+
 def test_mixed_precision_is_near_full_precision():
     losses = []
     for precision in ("fp32", "bf16"):
@@ -921,6 +938,16 @@ def test_learning_rate_halves_every_100_epochs(tiny, monkeypatch):
         tuple(round(float(o.param_groups[0]["lr"]), 9) for o in (self.opt_G, self.opt_D))) or real(self, *a))
     assert call(train, *TINY[:-4], "--recipe", "paper", "--steps", 210, "--out", "run", "--batch-size", 16) == 0
     assert rates[0] == rates[99] == (2e-4, 2e-4) and rates[100] == (1e-4, 1e-4) and rates[200] == (5e-5, 5e-5)
+
+
+@pytest.mark.parametrize("recipe", ["quick", "paper"])
+def test_r1_at_every_fourth_step_of_recipe_quick_on_what_d_sees(tiny, monkeypatch, recipe):
+    steps, real, seen = [], gan_cls.r1_step, []
+    monkeypatch.setattr(train, "augment", lambda x: seen.append(x + 0) or seen[-1])
+    monkeypatch.setattr(train, "r1_step", lambda D, opt, x, h, weight: (
+        steps.append((weight, x is seen[-1], len(x) == len(h) == 8)), real(D, opt, x, h, weight)))
+    assert call(train, *TINY[:-4], "--recipe", recipe, "--steps", 9, "--out", "run") == 0
+    assert steps == ([(0.4, True, True)] * 2 if recipe == "quick" else [])
 
 
 def test_atomic_writes(here):

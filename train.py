@@ -29,8 +29,8 @@ RECIPES = {
     # [A] section 5, nothing else: --recipe paper.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, r1=0.0, average=0.0, decay=False),
     # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; rates that fall over the last half of
-    # them; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures; G is rewarded
-    # for heeding z; D is kept smooth (r1_step); samples come from an average of G's last weights. They were found together, not measured one by one.
+    # them; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
+    # smooth (r1_step); G is rewarded for heeding z; samples come from an average of its last weights. Found together, for the toy birds.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, r1=0.1, average=0.998, decay=True)}
 
 TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds; of S
@@ -105,6 +105,7 @@ class Trainer:
     def __init__(self, settings, device, encoder_checkpoint):
         self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
+        self.augment, self.r1_step = augment if self.recipe["augment"] else lambda x: x, r1_step
         torch.manual_seed(settings["seed"])
         layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
         self.G = Generator(settings["ngf"]).to(**layout)
@@ -152,22 +153,21 @@ class Trainer:
     def algorithm1(self, batch):
         """One step of Algorithm 1 on (x, h, h_wrong) -> its losses, still on the device."""
         cls, int_ = VARIANTS[self.settings["variant"]]
-        return gan_cls_step(
-            self.G, self.D, self.opt_G, self.opt_D, *batch, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
-            augment=augment if self.recipe["augment"] else lambda x: x, mode_seeking=self.recipe["mode_seeking"])
+        return gan_cls_step(self.G, self.D, self.opt_G, self.opt_D, *batch, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
+                            augment=self.augment, mode_seeking=self.recipe["mode_seeking"])
 
     def train_step(self, batches, places):
+        """The step and what follows it: at every fourth the smoothing of D, four times as strong, and G's average."""
         if self.graph:
             self.graph_places.copy_(places)
             self.graph.replay()
-            out = self.graph_out
+            (x, h, _), out = self.recorded
         else:
-            out = self.algorithm1(batches.batch(places))
+            x, h, _ = batch = batches.batch(places)
+            out = self.algorithm1(batch)
         self.step += 1
-        if self.recipe["r1"] and self.step % 4 == 0:        # every fourth step, four times as strong
-            x, h, _ = batches.batch(places)
-            with torch.compiler.set_stance("force_eager"):  # compiled, it has no second derivative
-                r1_step(self.D, self.opt_D, augment(x), h, 4 * self.recipe["r1"])
+        if self.recipe["r1"] and self.step % 4 == 0:
+            self.r1_step(self.D, self.opt_D, self.augment(x), h, 4 * self.recipe["r1"])
         self.update_average()
         if self.step == self.capture_at:
             self.capture(batches, places)
@@ -181,6 +181,7 @@ class Trainer:
         torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
         for part in (self.G, self.D.features, self.D.text, self.D.joint):
             part.compile(dynamic=False)
+        self.r1_step = torch.compiler.set_stance("force_eager")(r1_step)     # what is compiled has no second derivative
         self.capture_at = None if self.precision == "fp16" else self.step + 3
 
     def capture(self, batches, places, log=print):
@@ -188,7 +189,8 @@ class Trainer:
         self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = True
         try:
             with torch.cuda.graph(graph):
-                self.graph_out = self.algorithm1(batches.batch(self.graph_places))
+                batch = batches.batch(self.graph_places)
+                self.recorded = batch, self.algorithm1(batch)       # rewritten in place by each replay
             self.graph = graph
         except RuntimeError as error:           # perhaps in the middle of the step
             self.D.requires_grad_(True)
@@ -248,7 +250,7 @@ def check_health(now, history, step):
                         "--recipe quick, a smaller --ndf or another --seed")
 
 def train_style_encoder(run, batches, steps, log=print):
-    """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z."""
+    """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z. Always answering 0 would lose E||z||^2 = 100."""
     torch.manual_seed(run.settings["seed"])
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
@@ -267,7 +269,6 @@ def train_style_encoder(run, batches, steps, log=print):
         if step == steps * 3 // 4:
             optimiser.param_groups[0]["lr"] /= 10
         if step % 200 == 0 or step == steps:
-            # Always answering 0 would lose E||z||^2 = 100.
             log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  {time.time() - start:.0f} s")
     return S.eval()
 
@@ -380,8 +381,7 @@ def compare(args):
 
 # ---- How fast it is --------------------------------------------------------------------------
 def plain_step(run, x, h, h_wrong):
-    """Algorithm 1 the way it is usually written, to compare with: three passes of D for D and one for G, three of G, weight gradients of
-    D in G's step too. The same losses."""
+    """Algorithm 1 as usually written, to compare with: D runs five times, G three, and G's step fills D's gradients too. The same losses."""
     G, D, B = run.G, run.D, len(x)
     log_yes, log_no = (lambda s: F.logsigmoid(s).mean()), (lambda s: F.logsigmoid(-s).mean())
     noise = lambda n: torch.randn(n, Z_DIM, device=x.device)
