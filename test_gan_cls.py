@@ -940,14 +940,21 @@ def test_learning_rate_halves_every_100_epochs(tiny, monkeypatch):
     assert rates[0] == rates[99] == (2e-4, 2e-4) and rates[100] == (1e-4, 1e-4) and rates[200] == (5e-5, 5e-5)
 
 
-@pytest.mark.parametrize("recipe", ["quick", "paper"])
-def test_r1_at_every_fourth_step_of_recipe_quick_on_what_d_sees(tiny, monkeypatch, recipe):
+@pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 0.4), ("paper", None)])
+def test_r1_at_every_fourth_step_of_recipe_quick_on_what_d_sees(tiny, monkeypatch, recipe, weight):
     steps, real, seen = [], gan_cls.r1_step, []
     monkeypatch.setattr(train, "augment", lambda x: seen.append(x + 0) or seen[-1])
     monkeypatch.setattr(train, "r1_step", lambda D, opt, x, h, weight: (
-        steps.append((weight, x is seen[-1], len(x) == len(h) == 8)), real(D, opt, x, h, weight)))
+        steps.append((round(weight, 9), x is seen[-1], len(x) == len(h) == 8)), real(D, opt, x, h, weight)))
     assert call(train, *TINY[:-4], "--recipe", recipe, "--steps", 9, "--out", "run") == 0
-    assert steps == ([(0.4, True, True)] * 2 if recipe == "quick" else [])
+    assert steps == ([(weight, True, True)] * 2 if weight else [])
+
+
+@pytest.mark.parametrize("options, recipe", [((), "toy"), (("--dataset", "cub"), "quick"), (("--recipe", "paper"), "paper")])
+def test_recipe_follows_the_data_unless_named(monkeypatch, options, recipe):
+    taken = []
+    monkeypatch.setattr(train, "run_one", lambda args, *rest: taken.append(args.recipe))
+    assert call(train, *options) == 0 and taken == [recipe]
 
 
 def test_atomic_writes(here):
