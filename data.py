@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IMAGE_SIZE = 76      # pictures are kept at 76x76 ([A] section 5) ...
-CROP = 64            # ... and a random 64x64 window of each is what the networks see
+IMAGE_SIZE = 76      # pictures are kept at 76x76 (as in the authors' code) ...
+CROP = 64            # ... and a random 64x64 window of each is what the networks see ([A] section 5)
 CACHE = Path("cache")
 FORMAT = 1           # raise it when what a cache holds changes: older ones are then rebuilt
 
@@ -120,7 +120,7 @@ def toy_species(rng, count):
             for colours in species]                         # those of one colour come first: they are trained on
 
 def toy_captions(rng, bird):
-    """10 captions. Each names two to four parts, one of a single colour sometimes none."""
+    """10 captions. Each names two to four of wings, crown, belly and bill; those of a bird of one colour may name none."""
     out, plain = [], len({bird[p] for p in ("body", "wing", "crown", "belly")}) == 1
     for _ in range(10):
         parts = [rng.choice(forms) for forms in rng.sample(PARTS, rng.randint(0 if plain else 2, 4))]

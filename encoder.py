@@ -26,7 +26,7 @@ from gan_cls import TEXT_DIM, StyleEncoder, pick_autocast, pick_device
 # ---- Letters ---------------------------------------------------------------------------------
 # The authors' string. The hyphen stands in it twice, so that one of its 70 rows is never used; the last is a space.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
-MAX_LETTERS = 201
+MAX_LETTERS = 201    # the authors' doc_length
 ROW = {letter: row for row, letter in enumerate(ALPHABET, 1)}    # the second hyphen wins, as in their Lua table
 
 def encode_text(texts):
@@ -40,8 +40,8 @@ def encode_text(texts):
 
 # ---- phi(t): the char-CNN-RNN of [B] ---------------------------------------------------------
 class CharCNNRNN(nn.Module):
-    """phi: (N, 201) letters -> (N, 1024). [B] section 4; 512 wide (`cnn_dim`) for the GAN paper. Convolutions see words, the recurrent
-    network their order, the mean over time the whole sentence."""
+    """phi: (N, 201) letters -> (N, 1024). [B] section 4, as the GAN paper's code has it: 512 wide (`cnn_dim`), two poolings, so 18 time steps.
+    Convolutions see words, the recurrent network their order, the mean over time the whole sentence."""
     def __init__(self, cnn_dim=512, out_dim=TEXT_DIM):
         super().__init__()
         self.cnn = nn.Sequential(                                               # (N,      70, 201)
@@ -51,7 +51,7 @@ class CharCNNRNN(nn.Module):
         self.rnn = nn.GRU(cnn_dim, cnn_dim, batch_first=True)
         self.out = nn.Linear(cnn_dim, out_dim)
         for p in self.parameters():
-            nn.init.uniform_(p, -0.08, 0.08)
+            nn.init.uniform_(p, -0.08, 0.08)        # the authors' code
 
     def forward(self, tokens):
         # One-hot without the column of "no letter": an unknown letter is all zeros.
@@ -103,8 +103,8 @@ def average_precision_at_50(image_emb, labels, text_means, classes, k=50):
 
 # ---- The image side --------------------------------------------------------------------------
 def image_encoder(image_side):
-    """v. "conv": (N, 3, 64, 64) in [-1, 1] -> (N, 1024), a tower like D's and S's, trained along with phi; works everywhere. Else frozen
-    features (N, 1024) -> (N, 1024): as they are, but for the change of basis by `whiten`."""
+    """v. "conv": (N, 3, 64, 64) in [-1, 1] -> (N, 1024), a tower like D's and S's, trained along with phi. departs from the paper: nothing to
+    fetch. Else frozen features (N, 1024) -> (N, 1024): as they are, but for the change of basis by `whiten`."""
     if image_side == "conv":
         return StyleEncoder(z_dim=TEXT_DIM)
     v = nn.Linear(TEXT_DIM, TEXT_DIM, bias=False).requires_grad_(False)
@@ -143,7 +143,7 @@ def googlenet():
 
 @torch.no_grad()
 def googlenet_features(ds, device):
-    """(N, 1024) features of all pictures of a data set, from its 76x76 pictures enlarged to 224. Raises UserError."""
+    """(N, 1024) features of all pictures of a data set, from its 76x76 pictures enlarged to 224 (departs from the paper). Raises UserError."""
     net, out = googlenet(), []
     try:                                    # torchvision's ImageNet weights, fetched once and checked by hash
         state = torch.hub.load_state_dict_from_url(GOOGLENET, check_hash=True, weights_only=True, map_location="cpu")
@@ -172,8 +172,8 @@ def load_features(path, ds):
     return features
 
 def frozen_features(ds, image_side, path, device):
-    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures', so that the margin of 1 in
-    the loss means something."""
+    """The image side's features (N, 1024), or None for "conv". Centred and scaled by the training pictures' (departs from the paper), so
+    that the margin of 1 in the loss means something."""
     if image_side == "conv":
         return None
     if image_side == "features" and not path:
@@ -199,7 +199,7 @@ def crops(images, index, dy, dx, flip):
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def random_crops(images, index):
-    """[A] section 5: a random 64x64 window of the 76x76 picture, mirrored at random."""
+    """[A] section 5: a random view of the picture, as in the authors' code a 64x64 window of 76x76, mirrored at random."""
     B, device = len(index), images.device
     dy, dx = torch.randint(IMAGE_SIZE - CROP + 1, (2, B), device=device)
     return crops(images, index, dy, dx, torch.rand(B, device=device) < 0.5)
@@ -253,8 +253,8 @@ def load_checkpoint(path, kind):
 # ---- Training and measuring ------------------------------------------------------------------
 def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", image_features=None, seed=0, classes=40, log=print):
     """Train phi and the image side on the training classes of a data set. [B]'s settings: RMSprop, rate 7e-4, decay 0.98 an epoch,
-    gradients clipped at 5, minibatches of 40 classes. image_side: "conv", "googlenet", or "features", which are read from the file
-    image_features. Returns a checkpoint: a dict of plain values and tensors."""
+    minibatches of 40 classes; ours are alpha and gradients clipped at a norm of 5. image_side: "conv", "googlenet", or "features", which
+    are read from the file image_features. Returns a checkpoint: a dict of plain values and tensors."""
     torch.manual_seed(seed)
     amp, scaler, _ = pick_autocast(device)
     features, images = frozen_features(ds, image_side, image_features, device), picture_tensor(ds)
@@ -275,8 +275,8 @@ def train_encoder(ds, device="cpu", steps=600, cnn_dim=512, image_side="conv", i
         rows = torch.tensor([rng.choice(of_class[c]) for c in rng.permutation(len(of_class))[:classes]])
         t = tokens[starts[rows] + (torch.rand(len(rows)) * (starts[rows + 1] - starts[rows])).long()].to(device)
         with amp:
-            emb = v(features[rows.to(device)] if features is not None else random_crops(images, rows).to(device))
-            loss = joint_embedding_loss(emb, phi(t))
+            emb, said = v(features[rows.to(device)] if features is not None else random_crops(images, rows).to(device)), phi(t)
+        loss = joint_embedding_loss(emb, said)                  # outside: autocast would take the scores in 16 bits
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
@@ -365,7 +365,7 @@ def kmeans(points, k, seed=0, rounds=50):
     g = torch.Generator().manual_seed(seed)
     centres = points[torch.randint(len(points), (1,), generator=g)]
     while len(centres) < min(k, len(points)):
-        far = torch.cdist(points, centres).min(1).values.square() + 1e-12
+        far = torch.cdist(points, centres).min(1).values.square() + 1e-12       # where all points are equal too
         centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=g)]])
     for _ in range(rounds):
         group = torch.cdist(points, centres).argmin(1)
@@ -404,7 +404,7 @@ def style_pairs(group, folds=5, pairs=5000, seed=0):
     """For each fold of the pictures, pairs (i, j): half of one group, half of two. List of (i, j, same)."""
     rng, group, out = np.random.default_rng(seed), group.numpy(), []
     for members in np.array_split(rng.permutation(np.flatnonzero(group >= 0)), folds):
-        i, j = rng.choice(members, (2, 200 * pairs))
+        i, j = rng.choice(members, (2, 200 * pairs))        # of 100 groups, one pair in 100 is "same"
         same = group[i] == group[j]
         keep = np.concatenate([np.flatnonzero(same & (i != j))[:pairs // 2], np.flatnonzero(~same)[:pairs // 2]])
         out.append(tuple(torch.from_numpy(a[keep]) for a in (i, j, same)))

@@ -33,7 +33,7 @@ def deconv(c_in, c_out, kernel, stride=1, padding=0):
     return nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=False)
 
 def init_weights(net):
-    """The authors' code, in place: convolutions N(0, 0.02) (linear layers too), batch-norm scales N(1, 0.02), biases 0."""
+    """In place, as the authors' code: convolutions N(0, 0.02), batch-norm scales N(1, 0.02), biases 0; linear layers as convolutions."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(m.weight, 0.0, 0.02)
@@ -101,7 +101,7 @@ class Discriminator(nn.Module):
 
     In two parts, because only the second sees the text: `D.features(x)` is paid once a picture and `D.score(f, h)` once
     a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32. joint: channels where picture and text meet, the
-    authors' 8 * 64 at any ndf: a narrow D tells real from fake less well, which G needs; what fits, it should tell well."""
+    authors' 8 * 64 at any ndf: a D that is narrow, so that G can keep up, should still judge well whether the text fits."""
 
     def __init__(self, ndf=64, text_dim=TEXT_DIM, text_small=TEXT_SMALL, joint=512):
         super().__init__()
@@ -194,12 +194,12 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     scaler.scale(loss_D).backward()
     scaler.step(opt_D)                                  # line 11:  D <- D - lr * d(loss_D)/dD
 
-    D.requires_grad_(False)                             # D is only looked through now
+    D.requires_grad_(False)                             # only looked through now. s_f is asked anew, of the D of line 11
     with amp:
         s = D(augment(x_fake[:judged]), texts[:judged])
         loss_G = generator_loss(s[:B])                  # line 12
         if int_:
-            loss_G = loss_G + generator_loss(s[B:])     # eq. 5
+            loss_G = loss_G + generator_loss(s[B:])     # eq. 5, -log D for log(1 - D) as in line 12
         if mode_seeking:
             loss_G = loss_G + mode_seeking * mode_seeking_loss(
                 z[:B // 4], z[judged:], x_fake[:B // 4], x_fake[judged:])
@@ -215,7 +215,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
 
 # ---- 4.4  Inverting the generator for style transfer -----------------------------------------
 class StyleEncoder(nn.Module):
-    """S(x): which z would have made this picture? [A] section 4.4. (B, 3, 64, 64) -> (B, 100)."""
+    """S(x): which z would have made this picture? [A] section 4.4, which leaves S open: ours is D's tower. (B, 3, 64, 64) -> (B, 100)."""
 
     def __init__(self, nsf=32, z_dim=Z_DIM):
         super().__init__()
@@ -254,7 +254,7 @@ def mode_seeking_loss(z1, z2, x1, x2):
     far_z = (z1 - z2).abs().mean(1)                                             # (N,)
     far_x = (x1.float() - x2.float()).abs().mean((1, 2, 3))                     # (N,)
     # A ratio for each pair, not of the means: two extremes that share all noises do not pass for variety.
-    return (far_z / (far_x + 0.05)).mean()
+    return (far_z / (far_x + 0.05)).mean()          # far_z is near 1.13: two equal pictures cost 23, not infinity
 
 def r1_step(D, opt_D, x, h, weight):
     """A step of D alone, down its slope where picture and text are real and fit: R1 (Mescheder et al., ICML 2018), for

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -913,6 +914,30 @@ def test_resumed_is_unbroken(tiny):
     assert equal
 
 
+def test_interrupted_in_an_epoch_the_falling_rates_are_the_unbroken_ones(tiny, monkeypatch):
+    real, stop_at = train.Trainer.train_step, 9                     # a step of an epoch's middle, in the second half of the run
+    def step(run, *rest):
+        if run.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)                     # as `kill` does: the step is finished and saved
+        return real(run, *rest)
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+    stop_at = None
+    assert call(train, *TINY, "--batch-size", 4, "--steps", 16, "--out", "whole") == 0
+    stop_at = 9
+    assert call(train, *TINY, "--batch-size", 4, "--steps", 16, "--out", "parts") == 130
+    assert call(train, *TINY, "--batch-size", 4, "--resume", "--out", "parts") == 0
+    equal = same(weights(tiny / "whole/checkpoint.pt"), weights(tiny / "parts/checkpoint.pt"))
+    assert equal
+
+
+def test_the_loss_of_eq2_is_taken_in_32_bits(tiny, monkeypatch):
+    seen, real = [], encoder.joint_embedding_loss
+    monkeypatch.setattr(encoder, "pick_autocast", lambda *_: gan_cls.pick_autocast("cpu", "bf16"))
+    monkeypatch.setattr(encoder, "joint_embedding_loss", lambda a, b: seen.append((a.float() @ b.float().T).dtype) or real(a, b))
+    encoder.train_encoder(data.load("mine"), steps=1, cnn_dim=8, classes=4, log=lambda _: None)
+    assert set(seen) == {torch.float32}
+
+
 def test_same_seed_same_run(tiny):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert call(train, *TINY, "--steps", 4, "--seed", seed, "--out", out) == 0
@@ -1047,7 +1072,7 @@ def test_compare_and_export(tiny, capsys):
     assert call(train, *TINY, "--steps", 4, "--compare") == 0                              # finished runs are reused
     assert stamps == [p.stat().st_mtime_ns for p in sorted(tiny.glob("runs/*/checkpoint.pt"))] and len(stamps) == 4
     shutil.rmtree(tiny / "runs/mine-gan-cls")
-    assert call(train, *TINY, "--steps", 2, "--compare") == 2 and "gan-cls has 2 steps, another 4" in capsys.readouterr().err   # else it would not be fair
+    assert call(train, *TINY, "--steps", 2, "--compare") == 2 and "gan-cls has (steps, recipe, ngf, ndf) (2, 'quick', 2, 2), another (4," in capsys.readouterr().err   # else it would not be fair
     assert call(train, "--dataset", "mine", "--export", "mine") == 0
     assert call(sample, "a bird", "--weights", "runs/mine-gan-int-cls/checkpoint.pt", "--out", "a.png") == 0
     assert call(sample, "a bird", "--weights", "mine", "--out", "b.png") == 0
@@ -1192,7 +1217,7 @@ def tally(request):
             print("\n" + ", ".join(f"{what}: {n:,}" for what, n in TALLY.items()) + "; lost: none")
 
 
-OFTEN = "import data, train; train.EVERY.update(log=1, sample=7, save=2); train.STYLE_STEPS = 3; data.run(train.main)"
+OFTEN = "import data, train; train.EVERY.update(log=1, sample=7, save=3); train.STYLE_STEPS = 3; data.run(train.main)"
 
 
 def small_encoder(folder):

@@ -25,11 +25,11 @@ from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augme
 VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
 
 RECIPES = {
-    # [A] section 5, nothing else: --recipe paper.
+    # [A] section 5, but for phi (`whiten`) and its captions, one of 10 where [A] used 5: --recipe paper.
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, r1=0.0, average=0.0, decay=False),
-    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; rates that fall over the last half of
-    # them; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
-    # smooth (r1_step); G is rewarded for heeding z; samples come from an average of its last weights.
+    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G's rate doubled, both falling over the
+    # last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
+    # smooth (r1_step); G is rewarded for heeding z; samples come from an average of its last weights (some 500 steps).
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, r1=0.01, average=0.998, decay=True)}
 # A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text.
 RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1)
@@ -105,7 +105,7 @@ class Trainer:
     def __init__(self, settings, device, encoder_checkpoint):
         self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
-        self.augment, self.r1_step = augment if self.recipe["augment"] else lambda x: x, r1_step
+        self.augment, self.r1_step = augment if self.recipe["augment"] else (lambda x: x), r1_step
         torch.manual_seed(settings["seed"])
         layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
         self.G = Generator(settings["ngf"]).to(**layout)
@@ -197,12 +197,12 @@ class Trainer:
             torch.cuda.set_stream(torch.cuda.default_stream(self.device))
             log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
 
-    def set_rates(self, epoch):
-        """The learning rates of an epoch. [A] section 5: halved every 100 epochs. Recipe "quick": down to a tenth, in a straight line,
-        over the last half of the steps."""
+    def set_rates(self, epoch, first):
+        """The learning rates of an epoch whose first step is `first`. [A] section 5: 2e-4, in the authors' code halved every 100 epochs.
+        Recipe "quick": down to a tenth, in a straight line, over the last half of the steps."""
         factor = 0.5 ** (epoch // 100)
         if self.recipe["decay"]:
-            factor = min(1.0, max(0.1, 2 - 2 * self.step / self.settings["steps"]))
+            factor = min(1.0, max(0.1, 2 - 2 * first / self.settings["steps"]))
         self.opt_G.param_groups[0]["lr"].fill_(self.recipe["lr_G"] * factor)
         self.opt_D.param_groups[0]["lr"].fill_(self.recipe["lr_D"] * factor)
 
@@ -218,7 +218,7 @@ def train(run, batches, out_dir, show, log=print):
             if i == 0 or run.step == began:
                 # The order of an epoch depends on seed and epoch alone: a resumed run finds the same one.
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * s["seed"] + epoch)).to(run.device)
-                run.set_rates(epoch)
+                run.set_rates(epoch, epoch * per_epoch)
             now = run.train_step(batches, order[i * B:(i + 1) * B])
 
             last = run.step == s["steps"] or bool(stop)
@@ -286,8 +286,7 @@ def measure(ds, batches, G, S, scorer, groups, device):
     phi, v = encoder.build(scorer, device)
     index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
-    real, fake = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device)))
-    out = {}
+    real, fake, out = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device))), {}
     for name, x in (("real", real), ("fake", fake)):
         emb = encoder.embed_pictures(v, x).cpu()
         out.update({f"top-{k} {name}": encoder.top(k, emb, labels, classes, means) for k in (1, 5)})
@@ -317,7 +316,7 @@ def measure_transfer(ds, batches, G, S, index, tower, device):
     probe = torch.linalg.lstsq(columns(pictures(train)), facing[train, None].float(), driver="gelsd").solution
     x = pictures(query)
     y = torch.cat([G(S(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
-    above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]
+    above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]    # the top 6 rows, hardly ever bird
     group = encoder.kmeans(torch.cat(above), 8).view(2, -1)
     return {"style: background": (group[0] == group[1]).float().mean().item(),
             "style: direction": ((columns(y) @ probe).sign()[:, 0] == facing[query]).float().mean().item(),
@@ -340,8 +339,8 @@ def export(args, path):
 def compare(args):
     """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished runs are
     reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
-    started, device, name, length = time.time(), args.device, Path(args.dataset).resolve().name, 0
-    rows, curves, columns, variants = {}, [{}, {}], [], list(VARIANTS) if args.compare else [args.variant]
+    started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
+    rows, curves, columns, made, variants = {}, [{}, {}], [], None, list(VARIANTS) if args.compare else [args.variant]
     seeds = range(args.compare) if args.compare else [args.seed]
     if not data.load(args.dataset, args.source).unseen.any():
         raise UserError(f"{name} has no unseen classes to compare on")
@@ -349,8 +348,9 @@ def compare(args):
         for seed in seeds:
             folder = args.measure and args.out or run_folder(args, variant, seed)
             ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
-            if (length := length or run.step) != run.step:
-                raise UserError(f"{folder} has {run.step} steps, another {length}: remove it, or name the longer one in --steps")
+            mine = run.step, *map(run.settings.get, ("recipe", "ngf", "ndf"))
+            if (made := made or mine) != mine:
+                raise UserError(f"{folder} has (steps, recipe, ngf, ndf) {mine}, another {made}: remove it, or name the longer one in --steps")
             if not columns:
                 # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
                 scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
