@@ -375,8 +375,7 @@ def kmeans(points, k, seed=0, rounds=50):
 def roc(scores, same):
     """Scores (N,) and truth (N,) bool -> false and true positive rates (N + 1,), the strictest threshold first."""
     hits = same[scores.argsort(descending=True)].double()
-    zero = torch.zeros(1, dtype=torch.double)
-    return tuple(torch.cat([zero, c.cumsum(0) / c.sum()]) for c in (1 - hits, hits))
+    return tuple(torch.cat([c.new_zeros(1), c.cumsum(0) / c.sum()]) for c in (1 - hits, hits))
 
 def auc(scores, same):
     """Area under the ROC curve: how often a "same" pair scores above a "different" one, ties counting half."""

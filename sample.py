@@ -22,11 +22,10 @@ class Model:
     def __init__(self, path, device="cpu"):
         checkpoint = load_checkpoint(path, "gan-cls")
         with fitting(path):
-            self.settings = checkpoint["settings"]
+            self.settings, self.device = checkpoint["settings"], device
             self.G = load_into(lambda: Generator(self.settings["ngf"]), checkpoint["average"])
             self.S = load_into(StyleEncoder, checkpoint["S"]) if checkpoint["S"] else None
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
-        self.device = device
         for net in filter(None, (self.G, self.S)):
             net.to(device).eval()
 
@@ -55,12 +54,15 @@ def find_weights(name):
         raise UserError(f"there is no {f'file {name}' if name else 'run and no weights/cub.pt'}: train one first with  python train.py")
     return there[0]
 
-GALLERY = {     # picture: what to say to get it
-    "birds": ["this vibrant red bird has a pointed black beak", "this bird is yellowish orange with black wings",
+GALLERY = {     # picture: weights, and what to say to get it
+    "birds": ["cub", "this vibrant red bird has a pointed black beak", "this bird is yellowish orange with black wings",
               "the bright blue bird has a white colored belly"],
-    "between-texts": ["--interpolate", "a bright red bird", "an all blue bird"],
-    "between-noises": ["--interpolate-style", "an all black bird", "a yellow bird with black wings"],
-    "outside": ["the completely red cat", "the blue bird with green wings"]}
+    "flowers": ["flowers", "this flower has white petals and a yellow stamen", "the center is yellow surrounded by wavy dark purple petals",
+                "this flower has lots of small round pink petals"],
+    "between-texts": ["cub", "--interpolate", "a bright red bird", "an all blue bird"],
+    "between-noises": ["cub", "--interpolate-style", "an all black bird", "a yellow bird with black wings"],
+    "outside": ["cub", "the completely red cat", "the blue bird with green wings"],
+    "style": ["toy", "an all red bird", "a blue bird with a white belly", "--style", *(f"assets/query-{n}.png" for n in range(1, 7))]}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from sentences.")
@@ -78,8 +80,8 @@ def main(argv=None):
     mode.add_argument("--gallery", action="store_true", help="draw the README's pictures, into assets/")
     args = parser.parse_args(argv)
     if args.gallery:
-        for name, words in GALLERY.items():
-            main(["--weights", "cub", "--out", f"assets/{name}.png", *words])
+        for name, (weights, *words) in GALLERY.items():
+            main(["--weights", weights, "--out", f"assets/{name}.png", *words])
         return
     texts = [" ".join(t.split()) for t in args.texts]
     if not texts or not all(texts):
@@ -91,17 +93,16 @@ def main(argv=None):
     h = embed(model.phi, texts)                                     # (texts, 1024)
     generator = torch.Generator().manual_seed(args.seed)
     noise = lambda n: torch.randn(n, Z_DIM, generator=generator).to(model.device)
-    n, titles = args.n, None
+    n, titles, steps = args.n, None, torch.linspace(0, 1, args.n).tolist()
     if args.interpolate:
         z = noise(4)
-        steps = torch.linspace(0, 1, n).tolist()
         rows = [model.draw(z[i].expand(n, -1), torch.cat([interpolate(h[1:], h[:1], b) for b in steps])) for i in range(4)]
         titles, texts = [f"{b:.2f}" for b in steps], [f"from: {texts[0]}", f"to: {texts[1]}", "", ""]
     elif args.interpolate_style:
         rows = []
         for text in h:
             z = noise(2)
-            z = torch.cat([interpolate(z[1:], z[:1], b) for b in torch.linspace(0, 1, n).tolist()])
+            z = torch.cat([interpolate(z[1:], z[:1], b) for b in steps])
             rows.append(model.draw(z, text.expand(n, -1)))
     elif args.style:
         styles = [model.style(path) for path in args.style]
