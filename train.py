@@ -452,7 +452,7 @@ def main():
     add, positive = parser.add_argument, data.number(1, 10_000_000)
     encoder.add_options(add)
     add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
-    add("--recipe", choices=RECIPES, help="paper: section 5 as it stands; quick: with what makes few steps enough; toy: quick, for --dataset toy")
+    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D (default: toy for toy, else quick)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
