@@ -177,8 +177,7 @@ def toy_draw(rng, bird):
     seen = np.array(seen) / S
     low, high = seen.min(0).clip(0, IMAGE_SIZE), seen.max(0).clip(0, IMAGE_SIZE)
     spots = [(0.43 + length, -0.26), (0.06, 0.15), (0.28, -0.02), (0.29, -0.44), (0.42, -0.36), (-0.52, 0.15)]
-    return (np.asarray(picture.reduce(S)), np.concatenate([low, high - low]),
-            np.array([at(x, y) for x, y in spots]) / S)
+    return np.asarray(picture.reduce(S)), np.concatenate([low, high - low]), np.array([at(x, y) for x, y in spots]) / S
 
 def toy_pictures(number, bird, label):
     """The 40 pictures of one species. It has a random state of its own, so that processes can share the work."""
@@ -275,8 +274,7 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 def read_captions(data):
-    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (the real sets hold a few such as "{}")
-    are left out."""
+    """Bytes of a caption file -> list of captions, one a line; lines with fewer than 3 letters (such as "{}", of the real sets) are left out."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -317,8 +315,7 @@ SOURCES = {
     "cub": dict(pictures=["CUB_200_2011.tgz", "CUB_200_2011"],
         captions=["cvpr2016_cub.tar.gz", "cvpr2016_cub", "caption-data-cub-v1.0.0.zip", "captions", "text_c10"],
         url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78",
-        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",
-        # The numbers of the 50 classes of testclasses.txt, for captions that come without it.
+        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",     # without testclasses.txt, whose 50 classes are
         unseen="1 4 6 8 9 14 23 29 31 33 34 35 36 37 38 43 49 51 53 66 72 79 83 84 86 91 95 96 98 101 102 103 "
                "112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197"),
     "flowers": dict(pictures=["102flowers.tgz", "jpg", "102flowers"],
@@ -353,8 +350,7 @@ def fetch_sources(name):
     return find_sources(name, folder)
 
 def download(url, path, md5=None, chunk=1 << 20):
-    """Fetch a URL to `path`, with a progress line. A broken-off download is kept as .part and gone on with the next time. Raises
-    UserError when it fails or when the MD5 is another."""
+    """Fetch a URL to `path`, with a progress line; goes on with a broken-off one, a .part. Raises UserError when it fails or has another MD5."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0

@@ -89,8 +89,7 @@ def class_means(emb, labels, classes):
     return torch.stack([emb[labels == c].mean(0) for c in classes])
 
 def classify(emb, means):
-    """[A] eq. 3, with pictures' embeddings and classes' mean caption embeddings; eq. 4 with the two exchanged. (N, 1024), (C, 1024) ->
-    (N, C) rows into `means`, best first."""
+    """[A] eq. 3, with pictures' embeddings and classes' mean captions; eq. 4 with the two exchanged. (N, 1024), (C, 1024) -> (N, C), best first."""
     # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]   =  argmax_y  v . (mean phi of class y)
     # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
     return (emb @ means.T).argsort(1, descending=True)
@@ -327,8 +326,7 @@ def embed_pictures(v, x):
         return torch.cat([v(x[i:i + 256]).float() for i in range(0, len(x), 256)])
 
 def unseen(ds, phi):
-    """Of the unseen classes: indices of the pictures (n,), their labels (n,), the classes (C,) and eq. 3's mean caption of each (C,
-    1024), all on the CPU."""
+    """Of the unseen classes: indices of the pictures (n,), their labels (n,), the classes (C,), eq. 3's mean captions (C, 1024), all on the CPU."""
     index = ds.split(True)
     if not len(index):
         raise UserError(f"{ds.name} has no unseen classes to measure on")
@@ -350,8 +348,7 @@ def evaluate(ds, phi, v, features=None, device="cpu"):
 
 # ---- Measures of generated pictures, for train.py --compare ----------------------------------
 def frechet_distance(a, b):
-    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID: |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a
-    C_b)^(1/2))."""
+    """Distance of two Gaussians fitted to features (N, d) and (M, d), as in the FID: |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2))."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # The trace of (C_a C_b)^(1/2) is that of the symmetric (R C_b R)^(1/2), R = C_a^(1/2).

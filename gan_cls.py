@@ -160,13 +160,13 @@ def interpolate(h1, h2, beta=0.5):
 
 # ---- Algorithm 1: one training step ----------------------------------------------------------
 def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
-                 amp=contextlib.nullcontext(), scaler=None, augment=lambda x: x, mode_seeking=0.0):
+                 amp=contextlib.nullcontext(), scaler=None, augment=lambda x: x, mode_seeking=0.0, Q=None, style=0.0):
     """One step of [A] Algorithm 1: D up its objective, then G up its own.
 
     x (B, 3, 64, 64) real pictures in [-1, 1], h (B, 1024) their texts, h_wrong (B, 1024) texts of other classes. The
     two switches give the paper's four models: GAN (neither), GAN-CLS (cls), GAN-INT (int_), GAN-INT-CLS (both). amp: an
-    autocast context; scaler: a GradScaler, for fp16. augment, mode_seeking: see "not in the paper" below; off by
-    default. Returns a dict of tensors still on the device: loss_D, loss_G and the mean D outputs."""
+    autocast context; scaler: a GradScaler, for fp16. Not in the paper, off by default: augment, mode_seeking, see below; Q, a
+    StyleEncoder that opt_G moves too, with weight `style`. Returns a dict, on the device: loss_D, loss_G, mean D outputs."""
     B = len(x)
     scaler = scaler or torch.amp.GradScaler(x.device.type, enabled=False)
 
@@ -196,15 +196,20 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
 
     D.requires_grad_(False)                             # only looked through now. s_f is asked anew, of the D of line 11
     with amp:
-        s = D(augment(x_fake[:judged]), texts[:judged])
+        seen = augment(x_fake[:judged])
+        s = D(seen, texts[:judged])
         loss_G = generator_loss(s[:B])                  # line 12
         if int_:
             loss_G = loss_G + generator_loss(s[B:])     # eq. 5, -log D for log(1 - D) as in line 12
+        total = loss_G
         if mode_seeking:
-            loss_G = loss_G + mode_seeking * mode_seeking_loss(
-                z[:B // 4], z[judged:], x_fake[:B // 4], x_fake[judged:])
+            total = total + mode_seeking * mode_seeking_loss(z[:B // 4], z[judged:], x_fake[:B // 4], x_fake[judged:])
+        if Q:
+            # departs from the paper: eq. 6 rewards G too, through an S of its own (the Q of InfoGAN, Chen et al. 2016): z is
+            # to be read off the picture whatever the sentence, so that it means the same with every sentence.
+            total = total + style * style_loss(z[:judged], Q(seen))
     opt_G.zero_grad(set_to_none=True)
-    scaler.scale(loss_G).backward()
+    scaler.scale(total).backward()
     scaler.step(opt_G)                                  # line 13:  G <- G - lr * d(loss_G)/dG
     scaler.update()
     D.requires_grad_(True)

@@ -364,6 +364,28 @@ def test_mode_seeking_rewards_different_pictures():
     assert apart(0.3, 0.3) < apart(0.0, 0.6)        # one collapsed pair is not made up for by a distant one
 
 
+def test_the_style_reward_is_eq6_for_g_and_q():
+    x, h, h_wrong = small_batch()
+    torch.manual_seed(5)
+    Q = gan_cls.StyleEncoder(4).double()
+    (G, D), (G2, D2), Q2 = small_nets(), small_nets(), gan_cls.StyleEncoder(4).double()
+    Q2.load_state_dict(Q.state_dict())
+    nets, lifted = (G, Q), lambda x: x + 0.1                    # Q sees what D sees
+    before = [p.detach().clone() for net in nets for p in net.parameters()]
+    torch.manual_seed(7)
+    out = gan_cls.gan_cls_step(G, D, torch.optim.SGD([p for net in nets for p in net.parameters()], 1.0), torch.optim.SGD(D.parameters(), 0.0),
+                               x, h, h_wrong, augment=lifted, Q=Q, style=0.3)
+    torch.manual_seed(7)
+    z, texts = torch.randn(12, 100).double(), torch.cat([h, 0.5 * h[:4] + 0.5 * h[4:]])
+    seen = lifted(G2(z, texts))
+    log_s = torch.log(torch.sigmoid(D2(seen, texts)))
+    reward = sum(((z[i] - Q2(seen)[i]) ** 2).sum() for i in range(12)) / 12         # eq. 6: over captions and blends
+    expected = torch.autograd.grad(-log_s[:8].mean() - log_s[8:].mean() + 0.3 * reward, [*G2.parameters(), *Q2.parameters()])
+    assert out["loss_G"].item() == pytest.approx((-log_s[:8].mean() - log_s[8:].mean()).item(), rel=1e-5)     # the paper's, alone
+    for p, old, g in zip([p for net in nets for p in net.parameters()], before, expected):
+        assert near(old - p, g) and g.any()
+
+
 def test_r1_step_is_the_slope_of_d_alone():
     # D(x, h) = a |x|^2 / 2 + b sum(h) has the slopes a x and b: the penalty is a^2 mean|x|^2 + 1024 b^2.
     class Plain(nn.Module):
