@@ -413,7 +413,7 @@ def verify_style(emb, pairs):
 def add_options(add):
     """What encoder.py and train.py both ask for."""
     data.add_options(add)
-    add("--image-encoder", choices=("conv", "googlenet"), default="conv", help="image side of the text encoder (default: conv; paper: googlenet)")
+    add("--image-encoder", choices=("conv", "googlenet"), help="image side of the text encoder (default: conv; paper: googlenet)")
     add("--image-features", metavar="FILE.npy", help="its image side as given features, a row a picture")
     add("--seed", type=data.number(0, 2 ** 31), default=0, help="default: 0")
     add("--device", type=pick_device, default="auto", help="auto (default), cpu, cuda or cuda:1")
@@ -431,7 +431,7 @@ def main():
     if args.evaluate:
         checkpoint = load_checkpoint(path, "encoder")
     else:
-        side = "features" if args.image_features else args.image_encoder
+        side = "features" if args.image_features else args.image_encoder or "conv"
         checkpoint = train_encoder(ds, device, args.steps, image_side=side, image_features=args.image_features, seed=args.seed)
         save_checkpoint(path, **checkpoint)
         print(f"wrote {path}")

@@ -46,7 +46,6 @@ def init_weights(net):
 class Residual(nn.Module):
     """The bottleneck of the authors' code, which the paper does not mention: x + f(x), where f is a 1x1, a 3x3 and a
     3x3 convolution, `width` channels inside. (B, channels, H, W), kept."""
-
     def __init__(self, channels, width, activation):
         super().__init__()
         self.f = nn.Sequential(
@@ -62,7 +61,6 @@ class Generator(nn.Module):
     """G(z, h): noise and a sentence to a picture. [A] section 4.1, figure 2 left.
 
     ngf: channels at 32x32; each step towards 4x4 doubles them. 128 is the authors' size."""
-
     def __init__(self, ngf=128, z_dim=Z_DIM, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
         super().__init__()
         relu = nn.ReLU(inplace=True)
@@ -86,7 +84,6 @@ class Generator(nn.Module):
 
 class PictureTower(nn.Sequential):
     """D's way from a picture to a 4x4 map: (B, 3, 64, 64) -> (B, 8*ndf, 4, 4)."""
-
     def __init__(self, ndf):
         leaky = nn.LeakyReLU(0.2, inplace=True)
         super().__init__(
@@ -102,7 +99,6 @@ class Discriminator(nn.Module):
     In two parts, because only the second sees the text: `D.features(x)` is paid once a picture and `D.score(f, h)` once
     a (picture, text) pair. D(x, h) is both. ndf: channels at 32x32. joint: channels where picture and text meet, the
     authors' 8 * 64 at any ndf: a D that is narrow, so that G can keep up, should still judge well whether the text fits."""
-
     def __init__(self, ndf=64, text_dim=TEXT_DIM, text_small=TEXT_SMALL, joint=512):
         super().__init__()
         leaky = nn.LeakyReLU(0.2, inplace=True)
@@ -221,7 +217,6 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
 # ---- 4.4  Inverting the generator for style transfer -----------------------------------------
 class StyleEncoder(nn.Module):
     """S(x): which z would have made this picture? [A] section 4.4, which leaves S open: ours is D's tower. (B, 3, 64, 64) -> (B, 100)."""
-
     def __init__(self, nsf=32, z_dim=Z_DIM):
         super().__init__()
         self.net = nn.Sequential(PictureTower(nsf), nn.Flatten(), nn.Linear(16 * 8 * nsf, z_dim))

@@ -1048,6 +1048,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--device", "meta"], "expected a cpu or cuda device"),
         (train, [*TINY, "--out", "few", "--batch-size", 3], "too small"),
         (train, ["--out", "run", "--resume", "--epochs", 7], "--steps"),
+        (train, [*TINY, "--out", "other", "--image-encoder", "googlenet"], "image side conv, not googlenet"),
         (sample, ["", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [" \n\t ", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [text, "--weights", "missing.pt"], "no file missing.pt"),
@@ -1072,6 +1073,8 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--out", "recipe", "--resume"], "does not fit"),
         (train, ["--out", "history", "--resume", "--steps", 99], "does not fit"),
     ]
+    (tiny / "runs").mkdir()
+    shutil.copy(tiny / "run/encoder.pt", tiny / "runs/mine-encoder.pt")
     capsys.readouterr()
     for module, args, message in cases:
         code = call(module, *args)

@@ -70,12 +70,17 @@ class Batches:
         wrong = self.first[other] + draw(self.size[other])
         return random_crops(self.images, self.order[places]), self.texts(self.order[places]), self.texts(self.order[wrong])
 
-def get_encoder(ds, path, device, log=print, **options):
-    """The text encoder's checkpoint at `path`, trained first when it is not there."""
+def get_encoder(ds, path, device, image_side=None, log=print, **options):
+    """The text encoder's checkpoint at `path`, trained first when it is not there. image_side: see encoder.py; None is any, and "conv" to
+    train. Raises UserError where the one that is there has another."""
     log(f"text encoder: {path}" + ("" if path.exists() else " is not there yet, training one"))
     if not path.exists():
-        save_checkpoint(path, **encoder.train_encoder(ds, device, log=log, **options))
-    return load_checkpoint(path, "encoder")
+        save_checkpoint(path, **encoder.train_encoder(ds, device, image_side=image_side or "conv", log=log, **options))
+    checkpoint = load_checkpoint(path, "encoder")
+    with fitting(path):
+        if image_side not in (None, checkpoint["settings"]["image_side"]):
+            raise UserError(f"{path} was trained with image side {checkpoint['settings']['image_side']}, not {image_side}: remove it to train another")
+    return checkpoint
 
 # ---- Pictures of the progress ----------------------------------------------------------------
 def plot(panels, path, size=360):
