@@ -978,6 +978,31 @@ def test_checkpoint_round_trip(tiny):
     assert all(same(checkpoint[k], again[k]) for k in again if k != "S")
 
 
+def test_s_learns_what_d_sees_of_a_frozen_g(tiny, monkeypatch):
+    """Eq. 6: only S moves, and its pictures are augmented like D's, or it would read patterns that no photograph has."""
+    assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
+    checkpoint = encoder.load_checkpoint(tiny / "run/checkpoint.pt", "gan-cls")
+    inputs = []
+
+    class Watched(gan_cls.StyleEncoder):
+        def forward(self, x):
+            inputs.append(x.detach())
+            return super().forward(x)
+    monkeypatch.setattr(train, "StyleEncoder", Watched)
+    run = train.Trainer(checkpoint["settings"], torch.device("cpu"), checkpoint["encoder"])
+    run.restore(checkpoint)
+    run.augment = lambda x: torch.full_like(x, 0.25)
+    phi, _ = encoder.build(checkpoint["encoder"])
+    G, S0 = copy_of(run.average), copy_of(run.S)
+    S = train.train_style_encoder(run, train.Batches(data.load("mine"), phi, torch.device("cpu"), 5), 2, log=lambda _: None)
+    assert len(inputs) == 2 and all((x == 0.25).all() for x in inputs)
+    assert same(G, run.average.state_dict()) and not same(S0, S.state_dict())
+
+
+def copy_of(net):
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+
 def test_learning_rate_halves_every_100_epochs(tiny, monkeypatch):
     rates = []
     real = train.Trainer.train_step

@@ -267,7 +267,7 @@ def train_style_encoder(run, batches, steps, log=print):
         pictures = batches.order[torch.randint(len(batches), (B,), device=run.device)]
         with run.amp:
             with torch.no_grad():
-                x = run.average(z, batches.texts(pictures))
+                x = run.augment(run.average(z, batches.texts(pictures)))    # else S reads patterns that no photograph has
             loss = style_loss(z, S(x))
         optimiser.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
