@@ -29,7 +29,7 @@ RECIPES = {
     "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, style=0.0, r1=0.0, average=0.0, decay=False),
     # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G's rate doubled, both falling over the
     # last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
-    # smooth (r1_step); G is rewarded for heeding z, twice; samples come from an average of its last weights (some 500 steps).
+    # smooth (r1_step); G is rewarded for heeding z (mode_seeking; eq. 6, by `style`); samples come from the average of its last 500 steps or so.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, style=0.02, r1=0.01, average=0.998, decay=True)}
 # A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text. Drawn
 # birds have little style to pay in: less for it does nothing; on photographs as much turns into patterns that only Q can read.
@@ -288,8 +288,8 @@ def paint(G, h, seed=0):
 
 @torch.no_grad()
 def measure(ds, batches, G, S, scorer, groups, device):
-    """One trained model on the unseen classes -> dict of numbers, and of the real pictures S (n, 100) and captions (n, 1024). scorer: an encoder's checkpoint
-    that had no part in the training of G; groups: {name: pairs} of style verification."""
+    """One trained model on the unseen classes -> dict of numbers, S (n, 100) and captions (n, 1024) of the real pictures. scorer: an encoder's
+    checkpoint that had no part in the training of G; groups: {name: pairs} of style verification."""
     phi, v = encoder.build(scorer, device)
     index, labels, classes, means = encoder.unseen(ds, phi)
     torch.manual_seed(0)
