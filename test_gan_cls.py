@@ -22,6 +22,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -1118,9 +1119,11 @@ def test_compare_and_export(tiny, capsys):
     assert list(numbers) == list(train.VARIANTS) and all({"top-1 fake", "top-5 real", "spread", "Frechet"} <= set(v[0]) for v in numbers.values())
     assert numbers["gan"][0]["top-1 real"] == numbers["gan-cls"][0]["top-1 real"]         # the same real pictures for all
     assert Image.open("runs/mine-compare/models.png").width > 300
-    stamps = [p.stat().st_mtime_ns for p in sorted(tiny.glob("runs/*/checkpoint.pt"))]
-    assert call(train, *TINY, "--steps", 4, "--compare") == 0                              # finished runs are reused
-    assert stamps == [p.stat().st_mtime_ns for p in sorted(tiny.glob("runs/*/checkpoint.pt"))] and len(stamps) == 4
+    stamps = {p: p.stat().st_mtime_ns for p in tiny.glob("runs/*/checkpoint.pt")}
+    assert call(train, *TINY, "--steps", 4, "--compare", 2) == 0                           # another seed beside each; finished runs are reused
+    assert len(stamps) == 4 and all(p.stat().st_mtime_ns == t for p, t in stamps.items()) and len(list(tiny.glob("runs/*/checkpoint.pt"))) == 8
+    first, second = (encoder.load_checkpoint(tiny / f"runs/mine-gan{end}/checkpoint.pt", "gan-cls") for end in ("", "-1"))
+    assert second["settings"] == dict(first["settings"], seed=1) and not same(first["G"], second["G"])
     shutil.rmtree(tiny / "runs/mine-gan-cls")
     assert call(train, *TINY, "--steps", 2, "--compare") == 2 and "gan-cls has (steps, recipe, ngf, ndf) (2, 'quick', 2, 2), another (4," in capsys.readouterr().err   # else it would not be fair
     assert call(train, "--dataset", "mine", "--export", "mine") == 0
@@ -1128,6 +1131,20 @@ def test_compare_and_export(tiny, capsys):
     assert call(sample, "a bird", "--weights", "mine", "--out", "b.png") == 0
     a, b = (np.asarray(Image.open(p)).astype(int) for p in ("a.png", "b.png"))
     assert np.abs(a - b).max() <= 3 and (tiny / "weights/mine.pt").stat().st_size < 0.5 * (tiny / "runs/mine-gan-int-cls/checkpoint.pt").stat().st_size
+
+
+def test_two_seeds_give_mean_and_deviation(tiny, monkeypatch, capsys):
+    found = iter(range(8))
+    monkeypatch.setattr(train, "run_one", lambda args, variant, seed, *rest, **kw: (data.load("mine"), types.SimpleNamespace(images=torch.zeros(
+        20, 76, 76, 3, dtype=torch.uint8)), types.SimpleNamespace(step=4, settings={}, average=None, S=None, encoder=None)))
+    monkeypatch.setattr(train, "get_encoder", lambda *a, **kw: None)
+    monkeypatch.setattr(train, "measure", lambda *a: (dict(spread=float(next(found)) ** 2), None, None))
+    monkeypatch.setattr(encoder, "build", lambda *a: (None, None))
+    monkeypatch.setattr(train, "embed", lambda *a: None)
+    monkeypatch.setattr(train, "paint", lambda *a, **kw: torch.zeros(8, 3, 64, 64))
+    assert call(train, *TINY, "--compare", 2) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("spread"))
+    assert row.split()[1:] == ["0.500", "+-0.500", "6.500", "+-2.500", "20.500", "+-4.500", "42.500", "+-6.500"]     # of 0 1, 4 9, 16 25, 36 49
 
 
 def test_cub_is_not_taken_for_cub_box(here):
