@@ -31,8 +31,8 @@ RECIPES = {
     # last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
     # smooth (r1_step); G is rewarded for heeding z (mode_seeking; eq. 6, by `style`); samples come from the average of its last 500 steps or so.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, style=0.02, r1=0.01, average=0.998, decay=True)}
-# A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text. Drawn
-# birds have little style to pay in: less for it does nothing; on photographs as much turns into patterns that only Q can read.
+# A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text. A
+# `style` of 0.1 makes z say where a drawn bird looks; on photographs so much turns into patterns that only Q can read.
 RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1)
 
 TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds; of S
