@@ -315,9 +315,9 @@ SOURCES = {
     "cub": dict(pictures=["CUB_200_2011.tgz", "CUB_200_2011"],
         captions=["cvpr2016_cub.tar.gz", "cvpr2016_cub", "caption-data-cub-v1.0.0.zip", "captions", "text_c10"],
         url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78",
-        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",     # without testclasses.txt, whose 50 classes are
+        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip",
         unseen="1 4 6 8 9 14 23 29 31 33 34 35 36 37 38 43 49 51 53 66 72 79 83 84 86 91 95 96 98 101 102 103 "
-               "112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197"),
+               "112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197"),  # testclasses.txt, for captions without it
     "flowers": dict(pictures=["102flowers.tgz", "jpg", "102flowers"],
         captions=["cvpr2016_flowers.tar.gz", "cvpr2016_flowers", "caption-data-flowers-v1.0.0.zip", "captions", "text_c10"],
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", md5="52808999861908f626f3c1f4e79d11fa",

@@ -71,8 +71,7 @@ class Batches:
         return random_crops(self.images, self.order[places]), self.texts(self.order[places]), self.texts(self.order[wrong])
 
 def get_encoder(ds, path, device, image_side=None, log=print, **options):
-    """The text encoder's checkpoint at `path`, trained first when it is not there. image_side: see encoder.py; None is any, and "conv" to
-    train. Raises UserError where the one that is there has another."""
+    """The text encoder's checkpoint at `path`, trained first when not there. image_side: None is any. Raises UserError where it has another."""
     log(f"text encoder: {path}" + ("" if path.exists() else " is not there yet, training one"))
     if not path.exists():
         save_checkpoint(path, **encoder.train_encoder(ds, device, image_side=image_side or "conv", log=log, **options))
@@ -376,7 +375,8 @@ def compare(args):
                     i, j, same = (torch.cat(p) for p in zip(*pairs))
                     for who, emb in {"captions": said, variant: style}.items():
                         lines[f"{who}, {kind}"] = roc(F.cosine_similarity(emb[i], emb[j]), same)
-    save_picture(sheet(list(zip(*columns)), texts, ["real", *variants], scale=1.5), (out := Path("runs") / f"{name}-compare") / "models.png")
+    out = Path("runs") / f"{name}-compare"
+    save_picture(sheet(list(zip(*columns)), texts, ["real", *variants], scale=1.5), out / "models.png")
     if groups:
         plot(curves, out / "roc.png")
     print("\n" + " " * 24 + "".join(f"{v:>18}" for v in variants))
