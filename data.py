@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 IMAGE_SIZE = 76      # pictures are kept at 76x76 (as in the authors' code) ...
 CROP = 64            # ... and a random 64x64 window of each is what the networks see ([A] section 5)
 CACHE = Path("cache")
 FORMAT = 1           # raise it when what a cache holds changes: older ones are then rebuilt
 
-# ---- Two things that every file here uses: one kind of error, one way to write ---------------
+# ---- What the scripts share: one kind of error, one way to run, one to write -----------------
 class UserError(Exception):
     """What the user can mend: `run` prints it in one line and exits with code 2."""
 
@@ -252,7 +252,8 @@ def read_picture(data, box=None):
             picture.draft("RGB", (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))  # a large JPEG: decode at a half, a quarter ...
             window = close_up(box, size) if box else (0, 0, *size)
             part = [v * now / old for v, now, old in zip(window, picture.size * 2, size * 2)]   # as decoded
-            return np.asarray(to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)), window
+            picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)
+            return np.asarray(ImageOps.exif_transpose(picture)), window     # upright, as a phone's photographs are not stored
     except Exception as error:          # Pillow's decoders raise whatever they please on broken files
         raise ValueError(f"not a whole picture ({type(error).__name__}: {error})") from None
 
@@ -323,6 +324,7 @@ SOURCES = {
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", md5="52808999861908f626f3c1f4e79d11fa",
         captions_url=MIRROR + "caption-data-flowers-v1.0.0.zip", unseen=" ".join(map(str, range(1, 21))))}
 SOURCES["cub-box"] = SOURCES["cub"]
+CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
 
 def find_sources(name, folder):
     """(pictures, captions): paths below `folder`, an archive or an unpacked folder each."""
@@ -423,8 +425,6 @@ def build_archives(name, pictures_path, captions_path):
         out.append(Picture(pixels, captions[name_of], label, row, box, parts))
     return out, {p.label for p in out if number_of(p.label) in unseen}, skipped
 
-CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's numbers of KEYPOINTS
-
 # ---- a folder of your own --------------------------------------------------------------------
 def build_folder(folder):
     pictures, texts, skipped = read_all(folder)
@@ -448,9 +448,9 @@ def stamp(paths):
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 def load(name, source=None):
-    """The data set `name` (toy, cub, flowers or a folder), from its cache. A cache's folder is named after all that it was made from, so
+    """The data set `name` (toy, cub, cub-box, flowers or a folder), from its cache. A cache's folder is named after all that it was made from, so
     that a change there means another cache. source: a folder with the archives of cub or flowers. Raises UserError."""
-    paths, label = [], name
+    paths, label = [], short_name(name)
     if name == "toy":
         made_of = [inspect.getsource(f) for f in (toy_species, toy_captions, toy_draw, toy_pictures, build_toy)]
         made_of += [COLOURS, BACKGROUNDS, BILLS, WHOLE, PLAIN, PARTS]
@@ -466,13 +466,17 @@ def load(name, source=None):
     else:
         if not Path(name).is_dir():
             raise UserError(f"unknown data set {name!r}: expected toy, cub, cub-box, flowers or a folder of pictures")
-        paths, label = [Path(name).resolve()], "own-" + Path(name).resolve().name      # a folder of yours may be called cub
+        paths = [Path(name).resolve()]
         made_of, build = stamp(paths), lambda: build_folder(paths[0])
     digest = hashlib.sha256(repr((FORMAT, made_of)).encode()).hexdigest()[:16]
     folder = CACHE / f"{label}-{digest}"
     if not (folder / "meta.json").exists():
         write_cache(folder, label, *build(), paths=[str(p.resolve()) for p in paths])
     return read_cache(folder, name)
+
+def short_name(name):
+    """What is written of a data set is called by this name. A folder of yours may be called cub."""
+    return name if name in ("toy", *SOURCES) else f"own-{Path(name).resolve().name}"
 
 def read_cache(folder, name):
     meta = json.loads((folder / "meta.json").read_text())
@@ -513,7 +517,7 @@ def write_cache(folder, label, pictures, unseen, skipped, paths):
 # ---- Looking at it ---------------------------------------------------------------------------
 def sheet(rows, texts=None, titles=None, scale=1, width=230):
     """A picture of a grid of pictures: rows of equally many (H, W, 3) uint8, `texts` beside the rows, `titles` above the columns.
-    Everything that this project draws is drawn here. Returns a Pillow image."""
+    All grids of this project are drawn here. Returns a Pillow image."""
     font = ImageFont.load_default(13)
     h, w = (int(scale * n) for n in rows[0][0].shape[:2])
     left, top = (width if texts else 0), (22 if titles else 0)
@@ -557,7 +561,7 @@ def main():
         picks = [int(rng.choice(np.flatnonzero(ds.labels == label))) for _ in range(6)]
         rows.append([ds.images[i] for i in picks])
         texts.append(rng.choice(ds.captions[picks[0]]))
-    path = CACHE / f"{Path(args.dataset).resolve().name}.png"
+    path = CACHE / f"{short_name(args.dataset)}.png"
     save_picture(sheet(rows, texts), path)
     print(f"  contact sheet: {path}")
 

@@ -160,7 +160,7 @@ def googlenet_features(ds, device):
 def load_features(path, ds):
     """A file of features, a row for each picture of the source, in its order -> (N, 1024) float32."""
     try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read features from {path}: {error}") from None
     if features.ndim != 2 or features.shape[1] != TEXT_DIM or len(features) <= ds.rows.max():
@@ -298,7 +298,7 @@ def whiten(phi, v, texts, floor=0.005):
     """Choose the basis of the joint space in which phi's outputs over these texts have about equal variance in every direction (those
     below `floor` of the largest stay small) and mean square 1/4. phi goes through M, v through M^-1, M symmetric: every score v . phi(t)
     stays what it was. departs from the paper: the loss leaves phi with numbers of some 0.02, half of whose variance is in three
-    directions. G, whose z is N(0, 1), would hear no text for a thousand steps, and of a bird's crown never."""
+    directions. G, whose z is N(0, 1), would hear no text for a thousand steps, and never learn a crown's colour."""
     h = embed(phi, texts).double()
     values, U = torch.linalg.eigh(torch.cov(h.T))
     M = U * (values + floor * values[-1]).rsqrt() @ U.T
@@ -427,7 +427,7 @@ def main():
     add("--evaluate", action="store_true", help="measure the one that is there")
     args = parser.parse_args()
     ds, device = data.load(args.dataset, args.source), args.device
-    path = args.out or Path("runs") / f"{Path(args.dataset).resolve().name}-encoder.pt"
+    path = args.out or Path("runs") / f"{data.short_name(args.dataset)}-encoder.pt"
     if args.evaluate:
         checkpoint = load_checkpoint(path, "encoder")
     else:

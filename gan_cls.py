@@ -190,7 +190,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     scaler.scale(loss_D).backward()
     scaler.step(opt_D)                                  # line 11:  D <- D - lr * d(loss_D)/dD
 
-    D.requires_grad_(False)                             # only looked through now. s_f is asked anew, of the D of line 11
+    D.requires_grad_(False)                             # it only passes gradients on now. s_f is asked anew, of the D of line 11
     with amp:
         seen = augment(x_fake[:judged])
         s = D(seen, texts[:judged])
@@ -257,7 +257,7 @@ def mode_seeking_loss(z1, z2, x1, x2):
     return (far_z / (far_x + 0.05)).mean()          # far_z is near 1.13: two equal pictures cost 23, not infinity
 
 def r1_step(D, opt_D, x, h, weight):
-    """A step of D alone, down its slope where picture and text are real and fit: R1 (Mescheder et al., ICML 2018), for
+    """A step of D alone that makes it flat where picture and text are real and fit: R1 (Mescheder et al., ICML 2018), for
     the text too, as in DF-GAN (Tao et al., CVPR 2022). x (B, 3, 64, 64), h (B, 1024). In 32 bits.
     Without it D knows the toy species by heart within 500 steps, and what it says of a fake bird's crown teaches nothing."""
     x, h = x.detach().requires_grad_(True), h.detach().requires_grad_(True)

@@ -4,7 +4,7 @@
     python sample.py --interpolate "a bright red bird" "an all blue bird"   # phi moves, z stays: [A] figure 8 left
     python sample.py --interpolate-style "an all black bird"                # z moves, phi stays: [A] figure 8 right
     python sample.py "an all black bird" --style query.jpg other.jpg        # z = S(query): [A] figure 6
-    python sample.py --gallery                                              # the pictures of the README, from weights/
+    python sample.py --gallery                                              # six pictures of the README, from weights/
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main(argv=None):
     mode.add_argument("--interpolate", action="store_true", help="move between two texts: a row a noise")
     mode.add_argument("--interpolate-style", action="store_true", help="move between noises: a row a text")
     mode.add_argument("--style", nargs="+", metavar="PICTURE", help="take the style of these pictures, a column each")
-    mode.add_argument("--gallery", action="store_true", help="draw the README's pictures, into assets/")
+    mode.add_argument("--gallery", action="store_true", help="draw six pictures of the README, into assets/")
     args = parser.parse_args(argv)
     if args.gallery:
         for name, (weights, *words) in GALLERY.items():

@@ -759,6 +759,13 @@ def test_all_kinds_of_pictures():
     clear = io.BytesIO()
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(clear, "PNG")
     assert data.read_picture(clear.getvalue())[0].min() == 255          # transparent is white, not black
+    tag, lying = Image.Exif(), io.BytesIO()                             # a phone's upright picture, stored on its side
+    tag[0x0112] = 6                                                     # "turn me a quarter clockwise"
+    half_red = np.zeros((80, 200, 3), np.uint8)
+    half_red[:, :100] = (250, 0, 0)                                     # left; upright: above
+    Image.fromarray(half_red).save(lying, "JPEG", exif=tag)
+    upright = data.read_picture(lying.getvalue())[0]
+    assert upright[:30, :, 0].min() > 200 and upright[46:, :, 0].max() < 50
     for bad in (b"", b"GIF89a", jpeg()[:200], b"\x00" * 1000):
         with pytest.raises(ValueError):
             data.read_picture(bad)
@@ -903,7 +910,7 @@ TINY = ("--dataset", "mine", "--ngf", 2, "--ndf", 2, "--batch-size", 8, "--recip
 
 
 def weights(path):
-    return {k: v for k, v in torch.load(path, weights_only=True).items() if k not in ("history",)}
+    return torch.load(path, weights_only=True)
 
 
 def same(a, b):
@@ -951,6 +958,30 @@ def test_interrupted_in_an_epoch_the_falling_rates_are_the_unbroken_ones(tiny, m
     assert call(train, *TINY, "--batch-size", 4, "--resume", "--out", "parts") == 0
     equal = same(weights(tiny / "whole/checkpoint.pt"), weights(tiny / "parts/checkpoint.pt"))
     assert equal
+
+
+def test_a_signal_between_two_steps_is_not_too_late_to_save(tiny, monkeypatch):
+    real = train.check_health
+    def check(now, history, step):
+        if step == 6:                                               # not a step that is saved
+            signal.raise_signal(signal.SIGINT)
+        real(now, history, step)
+    monkeypatch.setattr(train, "check_health", check)
+    assert call(train, *TINY, "--steps", 16, "--out", "run") == 130
+    assert torch.load(tiny / "run/checkpoint.pt", weights_only=True)["step"] == 7
+
+
+def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
+    real, losses = train.gan_cls_step, []
+    def step(*args, **kw):
+        out = real(*args, **kw)
+        losses.append(out["loss_D"].item())
+        return out
+    monkeypatch.setattr(train, "gan_cls_step", step)
+    assert call(train, *TINY, "--steps", 5, "--out", "run") == 0
+    rows = torch.load(tiny / "run/checkpoint.pt", weights_only=True)["history"]
+    assert [r["step"] for r in rows] == [2, 4, 5]
+    assert [r["loss_D"] for r in rows] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]])
 
 
 def test_the_loss_of_eq2_is_taken_in_32_bits(tiny, monkeypatch):
@@ -1046,6 +1077,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     unpacked(tiny, {"none/a.jpg": jpeg(), "none/b.txt": b"alone", "broken/a.jpg": b"not a picture", "broken/a.txt": b"a bird",
                     "empty/a.jpg": jpeg(), "empty/a.txt": b"\n \n", "text.pt": b"hello", "cut.pt": good[:len(good) // 2], "nothing.pt": b"",
                     "from/CUB_200_2011.tgz": b"not an archive", "from/cvpr2016_cub.tar.gz": b"neither", "bare/x": b""})
+    np.savez(tiny / "two.npz", np.zeros((20, 1024)), np.zeros(3))
     torch.save(dict(kind="other"), tiny / "other.pt")
     torch.save(dict(kind="gan-cls", format=99), tiny / "old.pt")
     torch.save(dict(kind="gan-cls", format=encoder.FORMAT, settings=dict(ngf=3)), tiny / "short.pt")
@@ -1091,6 +1123,9 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (sample, [text, "--weights", "run/checkpoint.pt", "--interpolate"], "expected 2"),
         (sample, [text, "--weights", "run/checkpoint.pt", "--style", "broken/a.jpg"], "cannot read the picture"),
         (encoder, ["--dataset", "mine", "--image-features", "text.pt"], "cannot read features"),
+        (encoder, ["--dataset", "mine", "--image-features", "nothing.pt"], "cannot read features"),
+        (encoder, ["--dataset", "mine", "--image-features", "two.npz"], "cannot read features"),
+        (train, ["--measure", "--compare"], "not allowed with"),
         (encoder, ["--dataset", "mine", "--evaluate", "--out", "noset.pt"], "does not fit"),
         (train, ["--out", "run", "--export", "../x"], "not a path"),
         (train, ["--out", "short", "--resume"], "does not fit"),
@@ -1100,7 +1135,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--out", "history", "--resume", "--steps", 99], "does not fit"),
     ]
     (tiny / "runs").mkdir()
-    shutil.copy(tiny / "run/encoder.pt", tiny / "runs/mine-encoder.pt")
+    shutil.copy(tiny / "run/encoder.pt", tiny / "runs/own-mine-encoder.pt")
     capsys.readouterr()
     for module, args, message in cases:
         code = call(module, *args)
@@ -1118,19 +1153,19 @@ def test_compare_and_export(tiny, capsys):
     numbers = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     assert list(numbers) == list(train.VARIANTS) and all({"top-1 fake", "top-5 real", "spread", "Frechet"} <= set(v[0]) for v in numbers.values())
     assert numbers["gan"][0]["top-1 real"] == numbers["gan-cls"][0]["top-1 real"]         # the same real pictures for all
-    assert Image.open("runs/mine-compare/models.png").width > 300
+    assert Image.open("runs/own-mine-compare/models.png").width > 300
     stamps = {p: p.stat().st_mtime_ns for p in tiny.glob("runs/*/checkpoint.pt")}
     assert call(train, *TINY, "--steps", 4, "--compare", 2) == 0                           # another seed beside each; finished runs are reused
     assert len(stamps) == 4 and all(p.stat().st_mtime_ns == t for p, t in stamps.items()) and len(list(tiny.glob("runs/*/checkpoint.pt"))) == 8
-    first, second = (encoder.load_checkpoint(tiny / f"runs/mine-gan{end}/checkpoint.pt", "gan-cls") for end in ("", "-1"))
+    first, second = (encoder.load_checkpoint(tiny / f"runs/own-mine-gan{end}/checkpoint.pt", "gan-cls") for end in ("", "-1"))
     assert second["settings"] == dict(first["settings"], seed=1) and not same(first["G"], second["G"])
-    shutil.rmtree(tiny / "runs/mine-gan-cls")
+    shutil.rmtree(tiny / "runs/own-mine-gan-cls")
     assert call(train, *TINY, "--steps", 2, "--compare") == 2 and "gan-cls has (steps, recipe, ngf, ndf) (2, 'quick', 2, 2), another (4," in capsys.readouterr().err   # else it would not be fair
     assert call(train, "--dataset", "mine", "--export", "mine") == 0
-    assert call(sample, "a bird", "--weights", "runs/mine-gan-int-cls/checkpoint.pt", "--out", "a.png") == 0
+    assert call(sample, "a bird", "--weights", "runs/own-mine-gan-int-cls/checkpoint.pt", "--out", "a.png") == 0
     assert call(sample, "a bird", "--weights", "mine", "--out", "b.png") == 0
     a, b = (np.asarray(Image.open(p)).astype(int) for p in ("a.png", "b.png"))
-    assert np.abs(a - b).max() <= 3 and (tiny / "weights/mine.pt").stat().st_size < 0.5 * (tiny / "runs/mine-gan-int-cls/checkpoint.pt").stat().st_size
+    assert np.abs(a - b).max() <= 3 and (tiny / "weights/mine.pt").stat().st_size < 0.5 * (tiny / "runs/own-mine-gan-int-cls/checkpoint.pt").stat().st_size
 
 
 def test_two_seeds_give_mean_and_deviation(tiny, monkeypatch, capsys):
@@ -1194,7 +1229,7 @@ def test_whitening_changes_no_score():
 
 
 def test_sampling_modes(tiny):
-    assert call(train, *TINY, "--steps", 4, "--out", "runs/mine-gan-int-cls") == 0      # found as the newest run
+    assert call(train, *TINY, "--steps", 4, "--out", "runs/own-mine-gan-int-cls") == 0      # found as the newest run
     assert call(sample, "--interpolate", "a red bird", "a blue bird", "--out", "i.png") == 0
     assert call(sample, "--interpolate-style", "a red bird", "--out", "z.png") == 0
     Image.new("CMYK", (300, 40)).save("q.jpg")
@@ -1289,7 +1324,7 @@ OFTEN = "import data, train; train.EVERY.update(log=1, sample=7, save=3); train.
 
 def small_encoder(folder):
     """What a run started by `start` finds there, so that it need not train a real one."""
-    train.get_encoder(data.load(str(folder / "mine")), folder / "runs/mine-encoder.pt", torch.device("cpu"))
+    train.get_encoder(data.load(str(folder / "mine")), folder / "runs/own-mine-encoder.pt", torch.device("cpu"))
 
 
 def start(folder, code, *args):

@@ -138,7 +138,7 @@ class Trainer:
                 v.load_state_dict(checkpoint[k])
         for optimiser in (self.opt_G, self.opt_D):          # the run may have been on another device
             group = optimiser.param_groups[0]
-            group.update(lr=group["lr"].to(self.device), capturable=False)
+            group["lr"] = group["lr"].to(self.device)
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         for row in self.history:
             if not {"step", "loss_D", "loss_G", "D(real)", "D(fake)"} <= row.keys() == self.history[0].keys() or not all(map(math.isfinite, row.values())):
@@ -190,18 +190,16 @@ class Trainer:
         self.r1_step = torch.compiler.set_stance("force_eager")(r1_step)     # what is compiled has no second derivative
         self.capture_at = None if self.precision == "fp16" else self.step + 3
 
-    def capture(self, batches, places, log=print):
+    def capture(self, batches, places):
         self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
         self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = True
         try:
             with torch.cuda.graph(graph):
-                batch = batches.batch(self.graph_places)
-                self.recorded = batch, self.algorithm1(batch)       # rewritten in place by each replay
-            self.graph = graph
-        except RuntimeError as error:           # perhaps in the middle of the step
-            self.D.requires_grad_(True)
-            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
-            log(f"no CUDA graph, going on step by step: {str(error).splitlines()[0]}")
+                self.recorded = (batch := batches.batch(self.graph_places)), self.algorithm1(batch)     # rewritten by each replay
+        except RuntimeError as error:           # CUDA's random generator stays stuck in recording
+            raise UserError(f"the step cannot be recorded here ({str(error).splitlines()[0]}): run again with --no-compile") from None
+        self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = False     # r1_step runs outside
+        self.graph = graph
 
     def set_rates(self, epoch, first):
         """The learning rates of an epoch whose first step is `first`. [A] section 5: 2e-4, in the authors' code halved every 100 epochs.
@@ -214,22 +212,22 @@ class Trainer:
 
 def train(run, batches, out_dir, show, log=print):
     """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
-    s, start, began = run.settings, time.time(), run.step
+    s, start, began, logged, sums, last = run.settings, time.time(), run.step, run.step, {}, False
     B, n, per_epoch = s["batch_size"], len(batches), max(1, len(batches) // s["batch_size"])
-    stop = []                           # Ctrl-C and kill: finish the step, save, go
+    stop = []                           # Ctrl-C and kill: finish the step, or one more, save, go
     handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while run.step < s["steps"] and not stop:
+        while not last:
             epoch, i = divmod(run.step, per_epoch)
             if i == 0 or run.step == began:
                 # The order of an epoch depends on seed and epoch alone: a resumed run finds the same one.
                 order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * s["seed"] + epoch)).to(run.device)
                 run.set_rates(epoch, epoch * per_epoch)
-            now = run.train_step(batches, order[i * B:(i + 1) * B])
+            sums = {k: sums.get(k, 0) + v for k, v in run.train_step(batches, order[i * B:(i + 1) * B]).items()}     # on the device
 
             last = run.step == s["steps"] or bool(stop)
             if run.step % EVERY["log"] == 0 or last:      # only here does the CPU wait for the numbers
-                now = {k: v.item() for k, v in now.items()}
+                now, sums, logged = {k: v.item() / (run.step - logged) for k, v in sums.items()}, {}, run.step      # means: one batch says little
                 check_health(now, run.history, run.step)
                 run.history.append(dict(step=run.step, **now))
                 rate = (run.step - began) / (time.time() - start)
@@ -345,14 +343,14 @@ def export(args, path):
 def compare(args):
     """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished runs are
     reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
-    started, device, name = time.time(), args.device, Path(args.dataset).resolve().name
+    started, device, name = time.time(), args.device, data.short_name(args.dataset)
     rows, curves, columns, made, variants = {}, [{}, {}], [], None, list(VARIANTS) if args.compare else [args.variant]
     seeds = range(args.compare) if args.compare else [args.seed]
     if not data.load(args.dataset, args.source).unseen.any():
         raise UserError(f"{name} has no unseen classes to compare on")
     for variant in variants:
         for seed in seeds:
-            folder = args.measure and args.out or run_folder(args, variant, seed)
+            folder = args.out if args.out and not args.compare else run_folder(args, variant, seed)
             ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
             mine = run.step, *map(run.settings.get, ("recipe", "ngf", "ndf"))
             if (made := made or mine) != mine:
@@ -438,11 +436,10 @@ def benchmark(args):
     bare, loop = milliseconds(lambda: run.algorithm1(fixed)), milliseconds(lambda: run.train_step(batches, places()))
     a = torch.randn((size := 8192 if wide else 2048), size, device=device).to(DTYPES[run.precision])
     peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
-    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // B)
-    if wide:
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource                                         # not on Windows
+    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // B)     # [A]: 600 epochs; CUB has 8,855 training pictures
+    memory = torch.cuda.max_memory_allocated(device) if wide else math.nan      # Windows does not tell
+    if not wide and sys.platform != "win32":
+        import resource
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{torch.cuda.get_device_name(device) if wide else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, ndf {settings['ndf']}, "
           f"batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
@@ -459,7 +456,7 @@ def main():
     add, positive = parser.add_argument, data.number(1, 10_000_000)
     encoder.add_options(add)
     add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
-    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D (default: toy for toy, else quick)")
+    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D and more of eq. 6 (default: toy for toy, else quick)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
@@ -467,16 +464,16 @@ def main():
     add("--ngf", type=positive, help="width of G (the authors: 128, the default with CUDA; without: 32)")
     add("--ndf", type=positive, help="width of D (default: half of G's, as the authors')")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
-    add("--out", type=Path, metavar="DIR", help="where the run is kept (default: runs/DATASET-VARIANT)")
+    add("--out", type=Path, metavar="DIR", help="where the run is kept (default, and always with --compare: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
-    add("--measure", action="store_true", help="measure the run of --variant, which is trained first where it is not there")
-    add("--export", metavar="NAME", help="write what sampling needs of the run to weights/NAME.pt")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
+    either("--measure", action="store_true", help="measure the run of --variant, which is trained first where it is not there")
+    either("--export", metavar="NAME", help="write what sampling needs of the run to weights/NAME.pt")
     add("--no-compile", action="store_true", help="on CUDA: do not compile and record the step")
-    add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
+    either("--benchmark", action="store_true", help="time the step on random data; writes nothing")
     args = parser.parse_args()
     args.recipe = args.recipe or ("toy" if args.dataset == "toy" else "quick")
-
     if args.benchmark:
         return benchmark(args)
     if args.compare or args.measure:
@@ -486,7 +483,7 @@ def main():
     run_one(args, args.variant, args.seed, args.out, args.resume)
 
 def run_folder(args, variant, seed):
-    return Path("runs") / (f"{Path(args.dataset).resolve().name}-{variant}" + (f"-{seed}" if seed else ""))
+    return Path("runs") / (f"{data.short_name(args.dataset)}-{variant}" + (f"-{seed}" if seed else ""))
 
 def run_one(args, variant, seed, out_dir=None, resume=False):
     """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
@@ -512,7 +509,7 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
     ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
     if not resume:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
-        shared = Path("runs") / f"{Path(args.dataset).resolve().name}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
+        shared = Path("runs") / f"{data.short_name(args.dataset)}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
         trained = get_encoder(ds, shared if shared.exists() or not args.out else out_dir / "encoder.pt", device, image_features=args.image_features,
                               image_side="features" if args.image_features else args.image_encoder)
     phi, _ = encoder.build(trained, device)
@@ -525,7 +522,6 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
         run.compile()
     print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
-
     texts = [ds.captions[i][0] for i in sample_pictures(ds)]
     h, z = embed(phi, texts), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
 
