@@ -72,7 +72,7 @@ def embed(phi, texts, batch=512):
 
 # ---- Eq. 2, 3, 4: the joint embedding --------------------------------------------------------
 def joint_embedding_loss(image_emb, text_emb):
-    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar. Eq. 2 counts the
+    """[A] eq. 2, made convex. (N, 1024) each, row i of both from one pair, every row of another class -> scalar, float32. Eq. 2 counts the
     mistakes of the two classifiers of eq. 3 and 4, which has no gradient. In its place stands a hinge: the right partner should score by
     1 more than every other one of the minibatch."""
     s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)

@@ -1,7 +1,7 @@
 """The tests, and the graders of the README's exercises. No network, no GPU, nothing outside the repository.
 
     pytest                      # all
-    pytest -k alg1              # exercise 1; also eq5, eq2, replication, eq6
+    pytest -k test_alg1         # exercise 1; also test_eq5, test_eq2, test_replication, test_eq6
 
 Every equation is held against a slow transcription in float64 that uses nothing of the code under test.
 """
@@ -54,18 +54,35 @@ def sigma(x):
     return 1 / (1 + math.exp(-x))
 
 
-def expect(got, wanted, what, tolerance=1e-5):
+def expect(got, wanted, what, tolerance=1e-4):
     assert got is not None, f"{what}: nothing is returned. Is the body still blank?"
     assert isinstance(got, torch.Tensor) and got.shape == (), f"{what}: expected a scalar tensor, the mean over the batch"
     assert abs(float(got) - wanted) <= tolerance * max(1, abs(wanted)), \
         f"{what}: expected {wanted:.5f}, got {float(got):.5f}"
 
 
+def expect_slope(f, inputs, what, given=0):
+    """Autograd must find the slope that the values have, along one direction; the first `given` inputs need no gradient. None may change."""
+    g = torch.Generator().manual_seed(0)
+    step = [torch.randn(x.shape, generator=g).to(x) * (0.01 if i >= given else 0) for i, x in enumerate(inputs)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    copies = [x * 1 for x in leaves]
+    got = f(*copies)
+    assert all(map(torch.equal, copies, inputs)), f"{what}: an input is changed in place, and the caller still needs it"
+    try:
+        grads = torch.autograd.grad(got, leaves, allow_unused=True)
+    except RuntimeError as error:
+        pytest.fail(f"{what}: the value is right, but nothing can be learned from it: backward() fails ({error})")
+    slope = sum(float((d * s).sum()) for d, s in zip(grads, step) if d is not None)
+    up, down = (float(f(*[x + sign * s for x, s in zip(inputs, step)])) for sign in (1, -1))
+    assert abs(slope - (up - down) / 2) <= 0.02 * abs(up - down) / 2, f"{what}: the value is right, its gradient is not: what is detached?"
+
+
 def grade_alg1(discriminator_loss, generator_loss):
     real, wrong, fake = ([sigma(float(v)) for v in x] for x in LOGITS)
     n = len(real)
     L_D = sum(math.log(r) + (math.log(1 - w) + math.log(1 - f)) / 2 for r, w, f in zip(real, wrong, fake)) / n
-    got = discriminator_loss(*LOGITS)
+    got = discriminator_loss(*[x.clone() for x in LOGITS])
     assert got is not None, "Algorithm 1, line 10: nothing is returned. Is the body still blank?"
     hints = {-L_D: None, L_D: "the sign: an optimiser minimises, so return minus L_D",
              -sum(math.log(r) + math.log(1 - w) + math.log(1 - f) for r, w, f in zip(real, wrong, fake)) / n:
@@ -75,25 +92,35 @@ def grade_alg1(discriminator_loss, generator_loss):
     for value, hint in hints.items():
         if hint and abs(float(torch.as_tensor(got).double().mean()) - value) < 1e-5:
             pytest.fail(f"Algorithm 1, line 10: check {hint}")
-    expect(got, -L_D, "Algorithm 1, line 10, L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2, from logits (one sigmoid)")
-    expect(discriminator_loss(LOGITS[0], None, LOGITS[2]),
+    expect(got, -L_D, "Algorithm 1, line 10, L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2, mean over the batch, from logits (one sigmoid)")
+    expect_slope(discriminator_loss, LOGITS, "Algorithm 1, line 10")
+    try:
+        got = discriminator_loss(LOGITS[0], None, LOGITS[2])
+    except (AttributeError, TypeError) as error:
+        pytest.fail(f"eq. 1: s_wrong=None is the plain GAN, which has no wrong pair: ask for it first ({error})")
+    expect(got,
            -sum(math.log(r) + math.log(1 - f) for r, f in zip(real, fake)) / n, "eq. 1, log D(x) + log(1 - D(G(z))), when s_wrong is None")
     L_G = sum(math.log(f) for f in fake) / n
-    expect(generator_loss(LOGITS[2]), -L_G, "Algorithm 1, line 12, L_G = log(s_f), minimised as its negative")
+    expect(generator_loss(LOGITS[2].clone()), -L_G, "Algorithm 1, line 12, L_G = log(s_f), mean over the batch, minimised as its negative")
+    expect_slope(generator_loss, LOGITS[2:], "Algorithm 1, line 12")
     for dtype in (torch.float16, torch.bfloat16):
         for a in (-1000.0, 1000.0):
             x = torch.full((4,), a, dtype=dtype)
             for loss in (discriminator_loss(x, x, x), generator_loss(x)):
-                assert loss.isfinite() and loss.dtype == torch.float32, \
+                assert loss.dtype == torch.float32, f"Algorithm 1: logits in {dtype} give a loss in {loss.dtype}, expected float32: .float() them first"
+                assert loss.isfinite(), \
                     f"the loss of logits {a} in {dtype} is {loss}: take softplus of 32-bit logits, not the log of a sigmoid"
 
 
 def grade_eq5(interpolate):
     h1, h2 = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([[3.0, -2.0], [8.0, 4.0]])
     for beta, wanted in ((0.5, [[2.0, 0.0], [4.0, 0.0]]), (0.25, [[2.5, -1.0], [6.0, 2.0]]), (1.0, h1.tolist()), (0.0, h2.tolist())):
-        got = interpolate(h1, h2, beta)
+        a, b = h1.clone(), h2.clone()
+        got = interpolate(a, b, beta)
         assert got is not None, "eq. 5: nothing is returned. Is the body still blank?"
-        assert torch.is_tensor(got) and torch.allclose(got, torch.tensor(wanted)), \
+        assert torch.is_tensor(got) and (got.shape, got.dtype) == (h1.shape, h1.dtype), "eq. 5: expected a tensor of the shape and type of h1"
+        assert torch.equal(a, h1) and torch.equal(b, h2), "eq. 5: h1 or h2 is changed in place, and the caller still needs it"
+        assert torch.allclose(got, torch.tensor(wanted)), \
             f"eq. 5, beta * h1 + (1 - beta) * h2 with beta = {beta}: expected {wanted}, got {got.tolist()}"
     assert torch.allclose(interpolate(h1, h2), (h1 + h2) / 2), "section 4.3 fixes beta at 0.5: make it the default"
 
@@ -104,13 +131,14 @@ def grade_eq2(joint_embedding_loss):
     s = [[sum(float(a) * float(b) for a, b in zip(v[i], t[j])) for j in range(5)] for i in range(5)]
     pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
     wanted = sum(max(0, 1 + s[i][j] - s[i][i]) for i, j in pairs) / 20 + sum(max(0, 1 + s[j][i] - s[i][i]) for i, j in pairs) / 20
-    expect(joint_embedding_loss(v, t), wanted, "eq. 2's surrogate, mean over i != j of max(0, 1 + s_ij - s_ii), plus the same with images "
-           "and texts exchanged (check: both directions, the margin of 1, the diagonal left out)", 1e-4)
+    expect(joint_embedding_loss(v.clone(), t.clone()), wanted, "eq. 2's surrogate, mean over i != j of max(0, 1 + s_ij - s_ii), plus the same with images "
+           "and texts exchanged (check: both directions, the margin of 1, the diagonal left out)")
+    expect_slope(joint_embedding_loss, (v, t), "eq. 2's surrogate")
 
 
 def grade_replication(score):
     D = gan_cls.Discriminator(ndf=2, text_dim=6, text_small=3)
-    f, h = torch.randn(5, 16, 4, 4), torch.randn(5, 6)
+    f, h = torch.randn(5, 16, 4, 4, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     t = D.text(h)
     depth = torch.zeros(5, 19, 4, 4)
     for b in range(5):
@@ -120,17 +148,26 @@ def grade_replication(score):
     wanted = D.joint(depth).flatten()
     try:
         got = score(D, f, h)
+    except NotImplementedError:
+        raise
     except RuntimeError as error:
-        pytest.fail(f"section 4.1: the text must be compressed, then stand at all 4x4 places, behind the features in depth ({error})")
+        pytest.fail(f"section 4.1: the text must be compressed, then stand at all 4x4 places, behind the features in depth; "
+                    f"the sizes are those of f and of self.text(h), here 3 channels, not 128 ({error})")
     assert got is not None, "section 4.1: nothing is returned. Is the body still blank?"
-    assert got.shape == (5,), f"section 4.1: expected 5 logits, got shape {tuple(got.shape)}"
+    assert torch.is_tensor(got) and got.shape == (5,), f"section 4.1: expected a tensor of 5 logits, got {type(got).__name__} {tuple(got.shape)}"
+    assert not torch.allclose(got, wanted.sigmoid(), atol=1e-5), "section 4.1: expected logits; the losses take the sigmoid"
     assert torch.allclose(got, wanted, atol=1e-5), \
         "section 4.1: the compressed text of each picture must stand at all 16 places of its 4x4 map, behind the features in depth"
+    slopes = torch.autograd.grad(wanted.square().sum(), (f, h))
+    mine = torch.autograd.grad(got.square().sum(), (f, h), allow_unused=True) if got.requires_grad else (None, None)
+    assert all(a is not None and torch.allclose(a, b, atol=1e-3 * float(b.abs().max())) for a, b in zip(mine, slopes)), \
+        "section 4.1: the logits are right, their gradients by f and h are not: what is detached?"
 
 
 def grade_eq6(style_loss):
-    z, z_hat = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 1.0]])
-    expect(style_loss(z, z_hat), (0 + 4 + 9 + 4 + 0 + 0) / 2, "eq. 6, ||z - S(G(z, h))||^2: the sum over the numbers of z, then the mean over the batch")
+    z, z_hat = (nn.functional.pad(torch.tensor(x), (0, 97)) for x in ([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0], [2.0, 0.0, 1.0]]))
+    expect(style_loss(z.clone(), z_hat.clone()), (0 + 4 + 9 + 4 + 0 + 0) / 2, "eq. 6, ||z - S(G(z, h))||^2: the sum over the numbers of z, then the mean over the batch")
+    expect_slope(style_loss, (z, z_hat), "eq. 6", given=1)
 
 
 def test_alg1():
@@ -173,6 +210,8 @@ MISTAKES = [  # (grader, a wrong solution)
     (grade_alg1, (good_D, lambda f: -good_G(f))),
     (grade_alg1, (good_D, lambda f: -torch.log(1 - torch.sigmoid(f)).mean())),
     (grade_alg1, (good_D, lambda f: -torch.log(torch.sigmoid(f)).mean())),      # overflows at -1000
+    (grade_alg1, (lambda r, w, f: good_D(r, w, f.detach()), good_G)),
+    (grade_alg1, (good_D, lambda f: good_G(f.detach()))),
     (grade_eq5, (lambda a, b, beta=0.5: None,)),
     (grade_eq5, (lambda a, b, beta=0.5: beta * a + beta * b,)),
     (grade_eq5, (lambda a, b, beta=0.5: (1 - beta) * a + beta * b,)),
@@ -182,12 +221,15 @@ MISTAKES = [  # (grader, a wrong solution)
     (grade_eq2, (lambda v, t: hinge(v @ t.T, (v @ t.T).diagonal()[:, None]) * 2,)),
     (grade_eq2, (lambda v, t: R(1 + v @ t.T - (v @ t.T).diagonal()[:, None]).mean() + R(1 + v @ t.T - (v @ t.T).diagonal()).mean(),)),
     (grade_eq2, (lambda v, t: R(v @ t.T - (v @ t.T).diagonal()[:, None])[eye(v)].mean() + R(v @ t.T - (v @ t.T).diagonal())[eye(v)].mean(),)),
+    (grade_eq2, (lambda v, t: sum(R(1 + s - s.diagonal()[:, None]).fill_diagonal_(0).sum() / 20 for s in (v @ t.T, t @ v.T)),)),   # no backward
     (grade_replication, (lambda D, f, h: None,)),
+    (grade_replication, (lambda D, f, h: gan_cls.Discriminator.score(D, f, h.detach()),)),
     (grade_replication, (lambda D, f, h: D.joint(torch.cat([f, nn.functional.pad(D.text(h)[:, :, None, None], (0, 3, 0, 3))], 1)).flatten(),)),
     (grade_replication, (lambda D, f, h: D.joint(torch.cat([D.text(h)[:, :, None, None].expand(-1, -1, 4, 4), f], 1)).flatten(),)),
     (grade_replication, (lambda D, f, h: D.joint(torch.cat([f, h[:, :, None, None].expand(-1, -1, 4, 4)], 1)).flatten(),)),
     (grade_replication, (lambda D, f, h: D.joint(torch.cat([f, D.text(h).flip(0)[:, :, None, None].expand(-1, -1, 4, 4)], 1)).flatten(),)),
     (grade_eq6, (lambda z, y: None,)),
+    (grade_eq6, (lambda z, y: (z - y.detach()).square().sum(1).mean(),)),
     (grade_eq6, (lambda z, y: (z - y).square().mean(),)),
     (grade_eq6, (lambda z, y: (z - y).square().sum(),)),
     (grade_eq6, (lambda z, y: (z - y).norm(dim=1).mean(),)),
@@ -987,9 +1029,9 @@ def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
 def test_the_loss_of_eq2_is_taken_in_32_bits(tiny, monkeypatch):
     seen, real = [], encoder.joint_embedding_loss
     monkeypatch.setattr(encoder, "pick_autocast", lambda *_: gan_cls.pick_autocast("cpu", "bf16"))
-    monkeypatch.setattr(encoder, "joint_embedding_loss", lambda a, b: seen.append((a.float() @ b.float().T).dtype) or real(a, b))
+    monkeypatch.setattr(encoder, "joint_embedding_loss", lambda a, b: seen.append(real(a, b)) or seen[-1])
     encoder.train_encoder(data.load("mine"), steps=1, cnn_dim=8, classes=4, log=lambda _: None)
-    assert set(seen) == {torch.float32}
+    assert {loss.dtype for loss in seen} == {torch.float32}
 
 
 def test_same_seed_same_run(tiny):
