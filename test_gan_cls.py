@@ -951,10 +951,6 @@ def tiny(here, monkeypatch):
 TINY = ("--dataset", "mine", "--ngf", 2, "--ndf", 2, "--batch-size", 8, "--recipe", "quick", "--device", "cpu")
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)
-
-
 def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -982,7 +978,7 @@ def test_resumed_is_unbroken(tiny):
     assert call(train, *paper, "--steps", 10, "--out", "whole") == 0
     assert call(train, *paper, "--steps", 4, "--out", "parts") == 0
     assert call(train, *paper, "--resume", "--steps", 10, "--out", "parts") == 0
-    equal = same(weights(tiny / "whole/checkpoint.pt"), weights(tiny / "parts/checkpoint.pt"))
+    equal = same(encoder.load_checkpoint(tiny / "whole/checkpoint.pt", "gan-cls"), encoder.load_checkpoint(tiny / "parts/checkpoint.pt", "gan-cls"))
     assert equal
 
 
@@ -998,7 +994,7 @@ def test_interrupted_in_an_epoch_the_falling_rates_are_the_unbroken_ones(tiny, m
     stop_at = 9
     assert call(train, *TINY, "--batch-size", 4, "--steps", 16, "--out", "parts") == 130
     assert call(train, *TINY, "--batch-size", 4, "--resume", "--out", "parts") == 0
-    equal = same(weights(tiny / "whole/checkpoint.pt"), weights(tiny / "parts/checkpoint.pt"))
+    equal = same(encoder.load_checkpoint(tiny / "whole/checkpoint.pt", "gan-cls"), encoder.load_checkpoint(tiny / "parts/checkpoint.pt", "gan-cls"))
     assert equal
 
 
@@ -1010,7 +1006,7 @@ def test_a_signal_between_two_steps_is_not_too_late_to_save(tiny, monkeypatch):
         real(now, history, step)
     monkeypatch.setattr(train, "check_health", check)
     assert call(train, *TINY, "--steps", 16, "--out", "run") == 130
-    assert torch.load(tiny / "run/checkpoint.pt", weights_only=True)["step"] == 7
+    assert encoder.load_checkpoint(tiny / "run/checkpoint.pt", "gan-cls")["step"] == 7
 
 
 def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
@@ -1021,7 +1017,7 @@ def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
         return out
     monkeypatch.setattr(train, "gan_cls_step", step)
     assert call(train, *TINY, "--steps", 5, "--out", "run") == 0
-    rows = torch.load(tiny / "run/checkpoint.pt", weights_only=True)["history"]
+    rows = encoder.load_checkpoint(tiny / "run/checkpoint.pt", "gan-cls")["history"]
     assert [r["step"] for r in rows] == [2, 4, 5]
     assert [r["loss_D"] for r in rows] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]])
 
@@ -1037,7 +1033,7 @@ def test_the_loss_of_eq2_is_taken_in_32_bits(tiny, monkeypatch):
 def test_same_seed_same_run(tiny):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert call(train, *TINY, "--steps", 4, "--seed", seed, "--out", out) == 0
-    a, b, c = (weights(tiny / n / "checkpoint.pt") for n in "abc")
+    a, b, c = (encoder.load_checkpoint(tiny / n / "checkpoint.pt", "gan-cls") for n in "abc")
     equal, other = same(a, b), same(a["G"], c["G"])
     assert equal and not other
 
@@ -1397,7 +1393,7 @@ def test_killed_runs_resume_to_the_same_weights(tiny):
             encoder.load_checkpoint(tiny / "killed/checkpoint.pt", "gan-cls")           # whole, always
         if run.returncode == 0:
             break
-    equal = same(weights(tiny / "whole/checkpoint.pt"), weights(tiny / "killed/checkpoint.pt"))
+    equal = same(encoder.load_checkpoint(tiny / "whole/checkpoint.pt", "gan-cls"), encoder.load_checkpoint(tiny / "killed/checkpoint.pt", "gan-cls"))
     assert kills >= 3 and equal
     TALLY["runs killed"] += kills
 
