@@ -146,18 +146,17 @@ def toy_draw(rng, bird):
 
     def colour(name, factor=1.0):
         return tuple(int(max(0, min(255, c * factor + tint))) for c in COLOURS[name])
-    def shape(points, fill, part_of_bird=True):
+    def shape(points, fill):
         points = [at(x, y) for x, y in points]
         draw.polygon(points, fill=fill)
-        if part_of_bird:
-            seen.extend(points)
+        seen.extend(points)
     def oval(x, y, rx, ry, fill, angle=0.0, first=0.0, last=1.0):
         a = np.linspace(first, last, 32) * 2 * np.pi
         u, v, c, s = rx * np.cos(a), ry * np.sin(a), np.cos(angle), np.sin(angle)
         shape(list(zip(x + c * u - s * v, y + s * u + c * v)), fill)
 
     tint, tilt = rng.randint(-8, 8), 3 * rng.uniform(-0.05, 0.05)
-    shape([(-3, 0.40 - tilt), (3, 0.40 + tilt), (3, 0.47 + tilt), (-3, 0.47 - tilt)], (112, 80, 56), part_of_bird=False)    # branch
+    draw.polygon([at(-3, 0.40 - tilt), at(3, 0.40 + tilt), at(3, 0.47 + tilt), at(-3, 0.47 - tilt)], fill=(112, 80, 56))   # branch
     for x in (-0.02, 0.10):                            # legs
         draw.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=S + 1)
     shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)], colour(bird["body"], 0.82))   # tail
@@ -333,8 +332,6 @@ def find_sources(name, folder):
         if there:
             return there[0]
         raise UserError(f"no {kind} of {name} in {folder}: expected one of {', '.join(SOURCES[name][kind])}")
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
     return first("pictures"), first("captions")
 
 def fetch_sources(name):

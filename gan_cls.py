@@ -7,7 +7,7 @@ Read this file with the paper open: it goes in the paper's order.
     4.3  GAN-INT, eq. 5              -> interpolate
          Algorithm 1                 -> gan_cls_step, with both
     4.4  style transfer, eq. 6       -> StyleEncoder, style_loss
-    --   what is not in the paper    -> augment, mode_seeking_loss, r1_step; pick_device, pick_autocast
+    --   what is not in the paper    -> augment, sharpen, mode_seeking_loss, r1_step; pick_device, pick_autocast
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the picture, z the noise,
@@ -247,6 +247,11 @@ def augment(x, shift=8):
     every = torch.arange(B, device=x.device).view(B, 1, 1)
     return x.permute(0, 2, 3, 1)[every, rows, cols].permute(0, 3, 1, 2)
 
+def sharpen(x, gain):
+    """Pictures (N, 3, 64, 64) with `gain` times more of what a 3x3 mean takes away. Of such fine detail pictures hold so little that D
+    learns last to look there, and meanwhile G's deconvolutions, whose weights take turns from pixel to pixel, paint chequers."""
+    return x + gain * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
 def mode_seeking_loss(z1, z2, x1, x2):
     """The mode-seeking term (Mao et al., CVPR 2019): small when two noises give two pictures.
 
@@ -300,6 +305,5 @@ def pick_autocast(device, precision="auto"):
     return amp, torch.amp.GradScaler(device.type, enabled=precision == "fp16"), precision
 
 def cpu_has_bf16():
-    capabilities = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
-    probes = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "AVX512" in capabilities and any(probe() for probe in probes if probe)
+    probes = "_is_avx512_bf16_supported", "_is_amx_tile_supported"      # not torch's public names: absent is False
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -400,6 +400,19 @@ def test_augment_is_differentiable_and_per_picture():
     assert torch.allclose(flat.flatten(2).std(2), torch.zeros(3, 3), atol=1e-6)
 
 
+def test_sharpen_against_loops():
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    expected = x.clone()
+    for n, c, i, j in np.ndindex(*x.shape):
+        around = [x[n, c, a, b].item() for a in range(max(0, i - 1), min(5, i + 2)) for b in range(max(0, j - 1), min(4, j + 2))]
+        expected[n, c, i, j] += 0.7 * (x[n, c, i, j] - sum(around) / len(around))
+    assert torch.allclose(gan_cls.sharpen(x, 0.7), expected)
+    flat, sign = torch.full((1, 3, 64, 64), 0.25), 1 - 2 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2)
+    assert torch.allclose(gan_cls.sharpen(flat, 1.5), flat)                                      # nothing fine in it
+    chequers = gan_cls.sharpen(flat + 0.1 * sign, 1.5) - flat
+    assert torch.allclose(chequers[..., 1:-1, 1:-1], 0.1 * sign[1:-1, 1:-1] * (1 + 1.5 * 8 / 9))    # 2.3 times as strong
+
+
 def test_mode_seeking_rewards_different_pictures():
     z1, z2, x = torch.zeros(2, 100), torch.ones(2, 100), torch.zeros(2, 3, 8, 8)
     apart = lambda *d: float(gan_cls.mode_seeking_loss(z1, z2, x, x + torch.tensor(d).view(2, 1, 1, 1)))
@@ -742,7 +755,7 @@ def test_wrong_texts_are_never_of_the_own_class(here):
     batches.table = torch.from_numpy(owner)[:, None].half()             # each caption "says" its class
     seen = set()
     for _ in range(50):
-        places = torch.randint(len(batches), (64,))
+        places = torch.randint(len(batches.order), (64,))
         _, h, h_wrong = batches.batch(places)
         assert torch.equal(h[:, 0], torch.from_numpy(ds.labels[batches.order[places]]).float())
         assert (h != h_wrong).all()
@@ -1085,11 +1098,104 @@ def test_learning_rate_halves_every_100_epochs(tiny, monkeypatch):
 @pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 0.4), ("paper", None)])
 def test_r1_at_every_fourth_step_of_recipe_quick_on_what_d_sees(tiny, monkeypatch, recipe, weight):
     steps, real, seen = [], gan_cls.r1_step, []
-    monkeypatch.setattr(train, "augment", lambda x: seen.append(x + 0) or seen[-1])
+    last = "augment"              # of what happens to a picture on its way to D
+    monkeypatch.setattr(train, last, lambda *a: seen.append(getattr(gan_cls, last)(*a) + 0) or seen[-1])
     monkeypatch.setattr(train, "r1_step", lambda D, opt, x, h, weight: (
         steps.append((round(weight, 9), x is seen[-1], len(x) == len(h) == 8)), real(D, opt, x, h, weight)))
     assert call(train, *TINY[:-4], "--recipe", recipe, "--steps", 9, "--out", "run") == 0
     assert steps == ([(weight, True, True)] * 2 if weight else [])
+
+
+def random_run(recipe="quick", variant="gan-int-cls", device="cpu", precision="fp32"):
+    """A trainer and batches of noise, without files: 64 pictures of 8 classes."""
+    ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (64, 76, 76, 3), np.uint8),
+                      [["a bird", "a red bird"]] * 64, np.arange(64) % 8, list("abcdefgh"), np.zeros(8, bool), np.arange(64))
+    settings = dict(recipe=recipe, variant=variant, seed=0, ngf=4, ndf=2, precision=precision, steps=20, batch_size=8)
+    device = torch.device(device)
+    run, phi = train.Trainer(settings, device, None), encoder.CharCNNRNN(8).to(device)
+    return run, train.Batches(ds, phi, device, run.recipe["captions"])
+
+
+@pytest.mark.parametrize("recipe, variant", [("paper", "gan-int-cls"), *(("quick", variant) for variant in train.VARIANTS)])
+def test_no_step_reads_a_number_from_the_device(recipe, variant, monkeypatch):
+    # Fake tensors have shapes but no numbers: .item(), an if on a value or a mask as an index would raise. On a GPU each would make
+    # the CPU wait, and none could be recorded in a CUDA graph.
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    run, batches = random_run(recipe, variant)
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *a, **kw: None)       # has no fake form in every version
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for step in range(4):                                               # the fourth is followed by r1_step
+            out = run.train_step(batches, torch.arange(8))
+        with pytest.raises(DataDependentOutputException):                   # and this is what it would look like
+            float(out["loss_D"])
+
+
+class Recording:
+    """What CUDA graphs do, on a CPU: while recording nothing is computed, a replay computes all, in place."""
+    def __init__(self, run, batches):
+        self.run, self.batches = run, batches
+
+    def __call__(self, graph):                                              # torch.cuda.graph(graph)
+        return self
+
+    def __enter__(self):
+        self.state, self.rng = [(t, t.clone()) for t in self.tensors()], torch.get_rng_state()
+
+    def __exit__(self, *_):
+        torch.set_rng_state(self.rng)
+        for t, old in self.state:
+            t.copy_(old)
+
+    @torch.no_grad()
+    def tensors(self):
+        return [t.detach() for net in (self.run.G, self.run.D, self.run.Q) for t in net.state_dict().values()] + [
+            t for opt in (self.run.opt_G, self.run.opt_D) for state in opt.state.values() for t in state.values()]
+
+    def replay(self):
+        (x, h, _), out = self.run.recorded
+        batch = self.batches.batch(self.run.graph_places)
+        now = self.run.algorithm1(batch)
+        x.copy_(batch[0]), h.copy_(batch[1])
+        for k in out:
+            out[k].copy_(now[k])
+
+
+def test_a_recorded_run_is_the_unrecorded_one(monkeypatch):
+    order, runs = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:8] for i in range(12)]), []
+    for recorded in (False, True):
+        run, batches = random_run()
+        recording = Recording(run, batches)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
+        monkeypatch.setattr(torch.cuda, "graph", recording)
+        run.capture_at = 3 if recorded else None
+        losses = [{k: v.item() for k, v in run.train_step(batches, places).items()} for places in order]
+        assert bool(run.graph) == recorded
+        runs.append((losses, {k: v.state_dict() for k, v in run.parts().items()}))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
+    def refuse(f):
+        raise RuntimeError("Cannot find a working triton installation.\n\nMore of it.")
+    monkeypatch.setattr(torch, "compile", refuse)
+    lines, (run, _) = [], random_run()
+    run.compile(lines.append)
+    assert lines[1:] == ["going on without compiling: Cannot find a working triton installation."]
+    assert run.G._compiled_call_impl is None and run.r1_step is gan_cls.r1_step and run.capture_at == 3      # recorded it is all the same
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_compiled_and_recorded_is_eager():
+    order, runs = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:8] for i in range(12)]).cuda(), []
+    for fast in (False, True):
+        run, batches = random_run(device="cuda")
+        if fast:
+            run.compile(lambda _: None)
+        runs.append([{k: v.item() for k, v in run.train_step(batches, places).items()} for places in order])
+        assert bool(run.graph) == fast
+    for plain, fast in zip(*runs):
+        assert fast == pytest.approx(plain, rel=0.1, abs=0.05)
 
 
 @pytest.mark.parametrize("options, recipe", [((), "toy"), (("--dataset", "cub"), "quick"), (("--recipe", "paper"), "paper")])
@@ -1130,7 +1236,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     text = "an all black bird"
     cases = [
         (data, ["--dataset", "nowhere"], "unknown data set"),
-        (data, ["--dataset", "cub", "--from", "missing"], "no folder missing"),
+        (data, ["--dataset", "cub", "--from", "missing"], "in missing: expected one of"),
         (data, ["--dataset", "cub", "--from", "bare"], "no pictures of cub"),
         (data, ["--dataset", "cub", "--from", "from"], "damaged or not an archive"),
         (data, ["--dataset", "none"], "there is no a.txt"),

@@ -19,18 +19,20 @@ from PIL import Image, ImageDraw
 import data, encoder
 from data import UserError, save_picture, sheet
 from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
-from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, r1_step, style_loss
+from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, r1_step, sharpen, style_loss
 
 # variant: (matching-aware, interpolated). One loop, two switches.
 VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
 
 RECIPES = {
     # [A] section 5, but for phi (`whiten`) and its captions, one of 10 where [A] used 5: --recipe paper.
-    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, mode_seeking=0.0, style=0.0, r1=0.0, average=0.0, decay=False),
+    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, sharpen=0.0, mode_seeking=0.0, style=0.0, r1=0.0,
+                  average=0.0, decay=False),
     # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G's rate doubled, both falling over the
     # last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
     # smooth (r1_step); G is rewarded for heeding z (mode_seeking; eq. 6, by `style`); samples come from the average of its last 500 steps or so.
-    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, mode_seeking=0.05, style=0.02, r1=0.01, average=0.998, decay=True)}
+    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, sharpen=0.0, mode_seeking=0.05, style=0.02, r1=0.01,
+                  average=0.998, decay=True)}
 # A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text. A
 # `style` of 0.1 makes z say where a drawn bird looks; on photographs so much turns into patterns that only Q can read.
 RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1)
@@ -52,9 +54,6 @@ class Batches:
             raise UserError("training needs pictures of at least two classes: a wrong text comes from another class")
         self.order, self.class_of, self.size = (torch.from_numpy(a).to(device) for a in (order, class_of, size))
         self.first = self.size.cumsum(0) - self.size
-
-    def __len__(self):
-        return len(self.order)
 
     def texts(self, pictures):
         """h of pictures (B,): the mean of `captions` of each one's captions, drawn at random. (B, 1024)"""
@@ -99,11 +98,6 @@ def plot(panels, path, size=360):
             pen.text((left, 10 + 14 * i), name, ink, anchor="lm")
     save_picture(page, path)
 
-def draw_history(history, path):
-    """The losses, and the mean D outputs, over the steps."""
-    lines = lambda *keys: {k: ([r["step"] for r in history], [r[k] for r in history]) for k in keys if k in history[0]}
-    plot([lines("loss_D", "loss_G"), lines("D(real)", "D(wrong)", "D(fake)")], path)
-
 # ---- Training --------------------------------------------------------------------------------
 class Trainer:
     """The state of a run, and how it is saved and restored."""
@@ -111,6 +105,7 @@ class Trainer:
         self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
         self.augment, self.r1_step = augment if self.recipe["augment"] else (lambda x: x), r1_step
+        self.shown = (lambda x: sharpen(self.augment(x), self.recipe["sharpen"])) if self.recipe["sharpen"] else self.augment   # to D
         torch.manual_seed(settings["seed"])
         layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
         self.G = Generator(settings["ngf"]).to(**layout)
@@ -136,8 +131,7 @@ class Trainer:
         for k, v in self.parts().items():
             if k != "scaler" or checkpoint[k]:              # empty: the run was in bf16 or fp32 until now
                 v.load_state_dict(checkpoint[k])
-        for optimiser in (self.opt_G, self.opt_D):          # the run may have been on another device
-            group = optimiser.param_groups[0]
+        for group in self.opt_G.param_groups + self.opt_D.param_groups:     # the run may have been on another device
             group["lr"] = group["lr"].to(self.device)
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         for row in self.history:
@@ -160,7 +154,7 @@ class Trainer:
         """One step of Algorithm 1 on (x, h, h_wrong) -> its losses, still on the device."""
         cls, int_ = VARIANTS[self.settings["variant"]]
         return gan_cls_step(self.G, self.D, self.opt_G, self.opt_D, *batch, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
-                            augment=self.augment, mode_seeking=self.recipe["mode_seeking"], Q=self.Q, style=self.recipe["style"])
+                            augment=self.shown, mode_seeking=self.recipe["mode_seeking"], Q=self.Q, style=self.recipe["style"])
 
     def train_step(self, batches, places):
         """The step and what follows it: at every fourth the smoothing of D, four times as strong, and G's average."""
@@ -173,7 +167,7 @@ class Trainer:
             out = self.algorithm1(batch)
         self.step += 1
         if self.recipe["r1"] and self.step % 4 == 0:
-            self.r1_step(self.D, self.opt_D, self.augment(x), h, 4 * self.recipe["r1"])
+            self.r1_step(self.D, self.opt_D, self.shown(x), h, 4 * self.recipe["r1"])
         self.update_average()
         if self.step == self.capture_at:
             self.capture(batches, places)
@@ -183,12 +177,16 @@ class Trainer:
         """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile); after three
         steps record the whole step and replay it from then on (a CUDA graph). fp16 is not recorded: its scaler decides on the CPU."""
         log("compiling the step: a minute or two (--no-compile skips it)")
+        self.capture_at = None if self.precision == "fp16" else self.step + 3
+        try:                            # something small first: without a compiler each part would fail, in a hundred lines
+            torch.compile(torch.sin)(torch.ones(8, device=self.device))
+        except Exception as error:      # whatever the compilers raise
+            return log(f"going on without compiling: {(str(error) or repr(error)).splitlines()[0]}")
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
         for part in filter(None, (self.G, self.Q, self.D.features, self.D.text, self.D.joint)):
             part.compile(dynamic=False)
         self.r1_step = torch.compiler.set_stance("force_eager")(r1_step)     # what is compiled has no second derivative
-        self.capture_at = None if self.precision == "fp16" else self.step + 3
 
     def capture(self, batches, places):
         self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
@@ -213,7 +211,7 @@ class Trainer:
 def train(run, batches, out_dir, show, log=print):
     """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
     s, start, began, logged, sums, last = run.settings, time.time(), run.step, run.step, {}, False
-    B, n, per_epoch = s["batch_size"], len(batches), max(1, len(batches) // s["batch_size"])
+    B, n, per_epoch = s["batch_size"], len(batches.order), max(1, len(batches.order) // s["batch_size"])
     stop = []                           # Ctrl-C and kill: finish the step, or one more, save, go
     handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -235,8 +233,8 @@ def train(run, batches, out_dir, show, log=print):
                     + f"  {rate * B:.0f} pictures/s  {(s['steps'] - run.step) / rate / 60:.1f} min left")
             if run.step % EVERY["sample"] == 0 or last:
                 save_picture(show(run.average), out_dir / "samples" / f"{run.step:06d}.png")
-                if run.history:
-                    draw_history(run.history, out_dir / "loss.png")
+                curves = lambda *keys: {k: ([r["step"] for r in run.history], [r[k] for r in run.history]) for k in keys if k in now}
+                plot([curves("loss_D", "loss_G"), curves("D(real)", "D(wrong)", "D(fake)")], out_dir / "loss.png")
             if run.step % EVERY["save"] == 0 or last:
                 run.save(out_dir / "checkpoint.pt")
     finally:
@@ -261,7 +259,7 @@ def train_style_encoder(run, batches, steps, log=print):
     B, start = run.settings["batch_size"], time.time()
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
-        pictures = batches.order[torch.randint(len(batches), (B,), device=run.device)]
+        pictures = batches.order[torch.randint(len(batches.order), (B,), device=run.device)]
         with run.amp:
             with torch.no_grad():
                 x = run.augment(run.average(z, batches.texts(pictures)))    # else S reads patterns that no photograph has
@@ -402,14 +400,14 @@ def plain_step(run, x, h, h_wrong):
 
 def benchmark(args):
     """Time the step on random data. Prints; writes nothing."""
-    device, wide, B = args.device, args.device.type == "cuda", args.batch_size or 64
+    device, B, cuda = args.device, args.batch_size or 64, args.device.type == "cuda"
+    done, size = (torch.cuda.synchronize, 8192) if cuda else (lambda: None, 2048)
     n = max(2048, 2 * B)
     settings = dict(choose_settings(args, args.variant, args.seed, n, device), batch_size=B)
     ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
                       [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     batches = Batches(ds, encoder.CharCNNRNN(8).to(device), device, RECIPES[settings["recipe"]]["captions"])
     places = lambda: torch.randint(n, (B,), device=device)
-    done = torch.cuda.synchronize if wide else (lambda: None)
 
     def milliseconds(step, repeats=25, warm=6):
         times = []
@@ -427,21 +425,21 @@ def benchmark(args):
     usual.G.to(memory_format=torch.contiguous_format), usual.D.to(memory_format=torch.contiguous_format)
     plain = milliseconds(lambda: plain_step(usual, x.contiguous(), h, h_wrong), 9, 3)
     began, run = time.perf_counter(), Trainer(settings, device, None)
-    if wide and not args.no_compile:
+    if cuda and not args.no_compile:
         run.compile()
         for _ in range(4):
             run.train_step(batches, places())
         done()
     preparation = time.perf_counter() - began
     bare, loop = milliseconds(lambda: run.algorithm1(fixed)), milliseconds(lambda: run.train_step(batches, places()))
-    a = torch.randn((size := 8192 if wide else 2048), size, device=device).to(DTYPES[run.precision])
+    a = torch.randn(size, size, device=device, dtype=DTYPES[run.precision])
     peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
     rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // B)     # [A]: 600 epochs; CUB has 8,855 training pictures
-    memory = torch.cuda.max_memory_allocated(device) if wide else math.nan      # Windows does not tell
-    if not wide and sys.platform != "win32":
+    memory = torch.cuda.max_memory_allocated(device) if cuda else math.nan      # Windows does not tell
+    if not cuda and sys.platform != "win32":
         import resource
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{torch.cuda.get_device_name(device) if wide else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, ndf {settings['ndf']}, "
+    print(f"{torch.cuda.get_device_name(device) if cuda else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, ndf {settings['ndf']}, "
           f"batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
     for what, value in (
             ("plain fp32 step", f"{plain:.1f} ms"), ("bare step", f"{bare:.1f} ms"), ("whole loop, data included", f"{loop:.1f} ms"),
@@ -502,11 +500,10 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                 if settings[key] not in allowed:
                     raise ValueError(key)
             load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
-            settings["dataset"] = str(settings["dataset"])
         if args.epochs:
             raise UserError("with --resume, say in --steps how far to go")
         settings["steps"] = args.steps or settings["steps"]
-    ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
+    ds = data.load(str(settings["dataset"]) if resume else args.dataset, args.source)
     if not resume:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
         shared = Path("runs") / f"{data.short_name(args.dataset)}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
@@ -520,7 +517,7 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
             run.restore(checkpoint)
     if device.type == "cuda" and not args.no_compile and run.step < settings["steps"]:
         run.compile()
-    print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches):,} pictures, "
+    print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches.order):,} pictures, "
           f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
     texts = [ds.captions[i][0] for i in sample_pictures(ds)]
     h, z = embed(phi, texts), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
