@@ -206,7 +206,7 @@ def members(path):
     try:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.is_file():
+                if file.is_file() and re.search(r"\.(txt|jpe?g|png|gif|bmp|webp|tiff?)$", file.name, re.I):
                     yield file.relative_to(path).as_posix(), read_bounded(file)
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -244,7 +244,7 @@ def read_picture(data, box=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                     # Pillow's own warning of large pictures
-            picture = Image.open(io.BytesIO(data))
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"))   # not EPS: it would be run
             size = picture.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{size[0]}x{size[1]} pixels, too many")
@@ -387,7 +387,7 @@ def build_archives(name, pictures_path, captions_path):
     """CUB or Oxford-102 from archives or unpacked folders, in any of the layouts they come in: pictures and captions are matched by file
     name, .../NAME.jpg with .../NAME.txt."""
     captions, classes, unseen = {}, {}, {int(n) for n in SOURCES[name]["unseen"].split()}
-    number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0]) or -1)         # 013.Bobolink, class_00013
+    number_of = lambda label: int(re.sub(r"\D", "", label.split(".")[0])[:9] or -1)         # 013.Bobolink, class_00013
     for path, content in members(captions_path):
         folder, _, file = path.rpartition("/")
         if file == "testclasses.txt":

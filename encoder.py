@@ -84,10 +84,6 @@ def joint_embedding_loss(image_emb, text_emb):
     text_loss = (1 + s - right[None, :]).clamp(min=0)[others].mean()
     return image_loss + text_loss
 
-def class_means(emb, labels, classes):
-    """Mean embedding of each class: (N, 1024), (N,) labels, C class numbers -> (C, 1024)."""
-    return torch.stack([emb[labels == c].mean(0) for c in classes])
-
 def classify(emb, means):
     """[A] eq. 3, with pictures' embeddings and classes' mean captions; eq. 4 with the two exchanged. (N, 1024), (C, 1024) -> (N, C), best first."""
     # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]   =  argmax_y  v . (mean phi of class y)
@@ -332,8 +328,8 @@ def unseen(ds, phi):
         raise UserError(f"{ds.name} has no unseen classes to measure on")
     labels, classes = torch.from_numpy(ds.labels[index]), torch.from_numpy(np.flatnonzero(ds.unseen))
     owners = labels.repeat_interleave(torch.tensor([len(ds.captions[i]) for i in index]))
-    means = class_means(embed(phi, [t for i in index for t in ds.captions[i]]).cpu(), owners, classes)
-    return torch.from_numpy(index), labels, classes, means
+    emb = embed(phi, [t for i in index for t in ds.captions[i]]).cpu()
+    return torch.from_numpy(index), labels, classes, torch.stack([emb[owners == c].mean(0) for c in classes])
 
 def top(k, emb, labels, classes, means):
     """Zero-shot accuracy by eq. 3: the share of rows of emb (n, 1024) whose class is among the k best."""

@@ -525,7 +525,7 @@ def test_eq3_and_eq4_against_loops():
         for item in items:
             scores = [np.mean([float(item @ o) for o, y in zip(others, labels) if y == c]) for c in range(4)]
             best.append(int(np.argmax(scores)))
-        means = encoder.class_means(others, labels, range(4))
+        means = torch.stack([others[labels[:len(others)] == c].mean(0) for c in range(4)])
         assert encoder.classify(items, means)[:, 0].tolist() == best
 
 
@@ -705,7 +705,10 @@ def own_folder(path, classes=4, each=3):
 
 
 def test_own_folder(here):
-    ds = data.load(str(own_folder(here / "mine")))
+    own_folder(here / "mine")
+    (here / "mine/film.mp4").touch()
+    os.truncate(here / "mine/film.mp4", data.MAX_FILE + 1)              # is neither picture nor caption: not looked at
+    ds = data.load(str(here / "mine"))
     check_form(ds, 12, 4, 1)
     assert ds.captions[0] == ["colour 0", "picture 0"] and ds.class_names[0] == "kind0"
     flat = unpacked(here / "flat", {"a.jpg": jpeg(), "a.txt": b"one thing", "b.jpg": jpeg(), "b.txt": b"other thing", "c.jpg": jpeg()})
@@ -821,6 +824,8 @@ def test_all_kinds_of_pictures():
     Image.fromarray(half_red).save(lying, "JPEG", exif=tag)
     upright = data.read_picture(lying.getvalue())[0]
     assert upright[:30, :, 0].min() > 200 and upright[46:, :, 0].max() < 50
+    with pytest.raises(ValueError, match="cannot identify"):            # PostScript is a program: no picture for us
+        data.read_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     for bad in (b"", b"GIF89a", jpeg()[:200], b"\x00" * 1000):
         with pytest.raises(ValueError):
             data.read_picture(bad)
@@ -995,6 +1000,14 @@ def test_resumed_is_unbroken(tiny):
     assert equal
 
 
+def test_resuming_in_another_precision(tiny, capsys):
+    assert call(train, *TINY, "--steps", 4, "--precision", "bf16", "--out", "run") == 0
+    for steps, options, said in ((6, (), "bf16"), (8, ("--precision", "fp32"), "fp32"), (10, (), "fp32")):     # what is said last stays
+        capsys.readouterr()
+        assert call(train, "--resume", "--device", "cpu", "--steps", steps, *options, "--out", "run") == 0
+        assert f"{said} on cpu" in capsys.readouterr().out
+
+
 def test_interrupted_in_an_epoch_the_falling_rates_are_the_unbroken_ones(tiny, monkeypatch):
     real, stop_at = train.Trainer.train_step, 9                     # a step of an epoch's middle, in the second half of the run
     def step(run, *rest):
@@ -1098,7 +1111,7 @@ def test_learning_rate_halves_every_100_epochs(tiny, monkeypatch):
 @pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 0.4), ("paper", None)])
 def test_r1_at_every_fourth_step_of_recipe_quick_on_what_d_sees(tiny, monkeypatch, recipe, weight):
     steps, real, seen = [], gan_cls.r1_step, []
-    last = "augment"              # of what happens to a picture on its way to D
+    last = "sharpen" if recipe == "toy" else "augment"              # of what happens to a picture on its way to D
     monkeypatch.setattr(train, last, lambda *a: seen.append(getattr(gan_cls, last)(*a) + 0) or seen[-1])
     monkeypatch.setattr(train, "r1_step", lambda D, opt, x, h, weight: (
         steps.append((round(weight, 9), x is seen[-1], len(x) == len(h) == 8)), real(D, opt, x, h, weight)))
@@ -1177,7 +1190,9 @@ def test_a_recorded_run_is_the_unrecorded_one(monkeypatch):
 
 def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
     def refuse(f):
-        raise RuntimeError("Cannot find a working triton installation.\n\nMore of it.")
+        error = RuntimeError("backend='inductor' raised:\nRuntimeError: Cannot find ...")     # as torch 2.6 puts it
+        error.inner_exception = RuntimeError("Cannot find a working triton installation.\n\nMore of it.")
+        raise error
     monkeypatch.setattr(torch, "compile", refuse)
     lines, (run, _) = [], random_run()
     run.compile(lines.append)
@@ -1220,7 +1235,9 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     good = (tiny / "run/checkpoint.pt").read_bytes()
     unpacked(tiny, {"none/a.jpg": jpeg(), "none/b.txt": b"alone", "broken/a.jpg": b"not a picture", "broken/a.txt": b"a bird",
                     "empty/a.jpg": jpeg(), "empty/a.txt": b"\n \n", "text.pt": b"hello", "cut.pt": good[:len(good) // 2], "nothing.pt": b"",
+                    **{f"single/{n}.jpg": jpeg() for n in range(8)}, **{f"single/{n}.txt": b"a bird" for n in range(8)},
                     "from/CUB_200_2011.tgz": b"not an archive", "from/cvpr2016_cub.tar.gz": b"neither", "bare/x": b""})
+    own_folder(tiny / "x/mine", classes=5, each=4)
     np.savez(tiny / "two.npz", np.zeros((20, 1024)), np.zeros(3))
     torch.save(dict(kind="other"), tiny / "other.pt")
     torch.save(dict(kind="gan-cls", format=99), tiny / "old.pt")
@@ -1250,7 +1267,13 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--device", "meta"], "expected a cpu or cuda device"),
         (train, [*TINY, "--out", "few", "--batch-size", 3], "too small"),
         (train, ["--out", "run", "--resume", "--epochs", 7], "--steps"),
-        (train, [*TINY, "--out", "other", "--image-encoder", "googlenet"], "image side conv, not googlenet"),
+        (train, [*TINY, "--out", "other", "--image-encoder", "googlenet"], "image side conv, not on mine with googlenet"),
+        (train, ["--dataset", "x/mine", "--out", "other"], "was trained on mine with image side conv, not on x/mine"),
+        (train, ["--dataset", "x/mine", "--recipe", "quick", "--measure", "--out", "run"], "is of dataset mine, not x/mine: say --dataset mine"),
+        (train, [*TINY, "--variant", "gan", "--measure", "--out", "run"], "is of variant gan-int-cls, not gan"),
+        (train, [*TINY, "--recipe", "paper", "--measure", "--out", "run"], "is of recipe quick, not paper"),
+        (train, ["--dataset", "single", "--measure"], "at least two pictures each"),
+        (train, ["--ngf", 100_000], "expected a number from 1 to 1,024"),
         (sample, ["", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [" \n\t ", "--weights", "run/checkpoint.pt"], "empty text"),
         (sample, [text, "--weights", "missing.pt"], "no file missing.pt"),

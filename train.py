@@ -33,9 +33,10 @@ RECIPES = {
     # smooth (r1_step); G is rewarded for heeding z (mode_seeking; eq. 6, by `style`); samples come from the average of its last 500 steps or so.
     "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, sharpen=0.0, mode_seeking=0.05, style=0.02, r1=0.01,
                   average=0.998, decay=True)}
-# A D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D deaf to the text. A
-# `style` of 0.1 makes z say where a drawn bird looks; on photographs so much turns into patterns that only Q can read.
-RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1)
+# departs from the paper: a D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D
+# deaf to the text. A `style` of 0.1 makes z say where a drawn bird looks; on photographs so much turns into patterns that only Q can read.
+# Shown sharpened pictures, D sees to it that drawn birds have legs, eyes and no chequers; on photographs it gets too far ahead of G.
+RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1, sharpen=1.5)
 
 TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds; of S
 EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
@@ -76,8 +77,9 @@ def get_encoder(ds, path, device, image_side=None, log=print, **options):
         save_checkpoint(path, **encoder.train_encoder(ds, device, image_side=image_side or "conv", log=log, **options))
     checkpoint = load_checkpoint(path, "encoder")
     with fitting(path):
-        if image_side not in (None, checkpoint["settings"]["image_side"]):
-            raise UserError(f"{path} was trained with image side {checkpoint['settings']['image_side']}, not {image_side}: remove it to train another")
+        made = checkpoint["settings"]
+        if image_side not in (None, made["image_side"]) or Path(made["dataset"]).resolve() != Path(ds.name).resolve():
+            raise UserError(f"{path} was trained on {made['dataset']} with image side {made['image_side']}, not on {ds.name} with {image_side or 'any'}: remove it to train another")
     return checkpoint
 
 # ---- Pictures of the progress ----------------------------------------------------------------
@@ -104,8 +106,8 @@ class Trainer:
     def __init__(self, settings, device, encoder_checkpoint):
         self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
-        self.augment, self.r1_step = augment if self.recipe["augment"] else (lambda x: x), r1_step
-        self.shown = (lambda x: sharpen(self.augment(x), self.recipe["sharpen"])) if self.recipe["sharpen"] else self.augment   # to D
+        see, gain = augment if self.recipe["augment"] else (lambda x: x), self.recipe["sharpen"]
+        self.augment, self.shown, self.r1_step = see, (lambda x: sharpen(see(x), gain)) if gain else see, r1_step     # shown: to D
         torch.manual_seed(settings["seed"])
         layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
         self.G = Generator(settings["ngf"]).to(**layout)
@@ -175,13 +177,14 @@ class Trainer:
 
     def compile(self, log=print):
         """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile); after three
-        steps record the whole step and replay it from then on (a CUDA graph). fp16 is not recorded: its scaler decides on the CPU."""
+        steps record the whole step and replay it from then on (a CUDA graph). fp16, for older cards, is not recorded: nobody has tried."""
         log("compiling the step: a minute or two (--no-compile skips it)")
         self.capture_at = None if self.precision == "fp16" else self.step + 3
         try:                            # something small first: without a compiler each part would fail, in a hundred lines
             torch.compile(torch.sin)(torch.ones(8, device=self.device))
         except Exception as error:      # whatever the compilers raise
-            return log(f"going on without compiling: {(str(error) or repr(error)).splitlines()[0]}")
+            reason = str(getattr(error, "inner_exception", error)) or repr(error)        # torch 2.6 wraps it
+            return log(f"going on without compiling: {reason.splitlines()[0]}")
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
         for part in filter(None, (self.G, self.Q, self.D.features, self.D.text, self.D.joint)):
@@ -202,9 +205,7 @@ class Trainer:
     def set_rates(self, epoch, first):
         """The learning rates of an epoch whose first step is `first`. [A] section 5: 2e-4, in the authors' code halved every 100 epochs.
         Recipe "quick": down to a tenth, in a straight line, over the last half of the steps."""
-        factor = 0.5 ** (epoch // 100)
-        if self.recipe["decay"]:
-            factor = min(1.0, max(0.1, 2 - 2 * first / self.settings["steps"]))
+        factor = min(1.0, max(0.1, 2 - 2 * first / self.settings["steps"])) if self.recipe["decay"] else 0.5 ** (epoch // 100)
         self.opt_G.param_groups[0]["lr"].fill_(self.recipe["lr_G"] * factor)
         self.opt_D.param_groups[0]["lr"].fill_(self.recipe["lr_D"] * factor)
 
@@ -254,7 +255,7 @@ def check_health(now, history, step):
 def train_style_encoder(run, batches, steps, log=print):
     """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z. Always answering 0 would lose E||z||^2 = 100."""
     torch.manual_seed(run.settings["seed"])
-    S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
+    S, scaler = StyleEncoder().to(run.device, memory_format=torch.channels_last), pick_autocast(run.device, run.precision)[1]
     optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
     B, start = run.settings["batch_size"], time.time()
     for step in range(1, steps + 1):
@@ -265,9 +266,9 @@ def train_style_encoder(run, batches, steps, log=print):
                 x = run.augment(run.average(z, batches.texts(pictures)))    # else S reads patterns that no photograph has
             loss = style_loss(z, S(x))
         optimiser.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimiser)
-        run.scaler.update()
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
         if step == steps * 3 // 4:
             optimiser.param_groups[0]["lr"] /= 10
         if step % 200 == 0 or step == steps:
@@ -344,8 +345,9 @@ def compare(args):
     started, device, name = time.time(), args.device, data.short_name(args.dataset)
     rows, curves, columns, made, variants = {}, [{}, {}], [], None, list(VARIANTS) if args.compare else [args.variant]
     seeds = range(args.compare) if args.compare else [args.seed]
-    if not data.load(args.dataset, args.source).unseen.any():
-        raise UserError(f"{name} has no unseen classes to compare on")
+    ds = data.load(args.dataset, args.source)
+    if min(np.bincount(ds.labels)[ds.unseen], default=0) < 2:
+        raise UserError(f"{name} cannot be measured: expected unseen classes of at least two pictures each")
     for variant in variants:
         for seed in seeds:
             folder = args.out if args.out and not args.compare else run_folder(args, variant, seed)
@@ -451,16 +453,16 @@ def benchmark(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, positive = parser.add_argument, data.number(1, 10_000_000)
+    add, positive, width = parser.add_argument, data.number(1, 10_000_000), data.number(1, 1024)
     encoder.add_options(add)
     add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
-    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D and more of eq. 6 (default: toy for toy, else quick)")
+    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D that sees sharpened pictures, and more of eq. 6 (default: toy for toy, else quick)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
     length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
     add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
-    add("--ngf", type=positive, help="width of G (the authors: 128, the default with CUDA; without: 32)")
-    add("--ndf", type=positive, help="width of D (default: half of G's, as the authors')")
+    add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; without: 32)")
+    add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
     add("--out", type=Path, metavar="DIR", help="where the run is kept (default, and always with --compare: runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -500,9 +502,12 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                 if settings[key] not in allowed:
                     raise ValueError(key)
             load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
-        if args.epochs:
+        if args.resume and args.epochs:
             raise UserError("with --resume, say in --steps how far to go")
-        settings["steps"] = args.steps or settings["steps"]
+        for key, asked in dict(dataset=args.dataset, variant=variant, recipe=args.recipe).items():      # --measure, --compare: of what they name
+            if settings[key] != asked and not args.resume:
+                raise UserError(f"{path} is of {key} {settings[key]}, not {asked}: say --{key} {settings[key]}, or name another --out")
+        settings["steps"], settings["precision"] = args.steps or settings["steps"], args.precision if args.precision != "auto" else settings["precision"]
     ds = data.load(str(settings["dataset"]) if resume else args.dataset, args.source)
     if not resume:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
