@@ -1201,16 +1201,17 @@ def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_compiled_and_recorded_is_eager():
+@pytest.mark.parametrize("precision, near", [("fp32", 0.05), ("bf16", 0.2)])
+def test_cuda_compiled_and_recorded_is_eager(precision, near):
     order, runs = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:8] for i in range(12)]).cuda(), []
     for fast in (False, True):
-        run, batches = random_run(device="cuda")
+        run, batches = random_run(device="cuda", precision=precision)
         if fast:
             run.compile(lambda _: None)
         runs.append([{k: v.item() for k, v in run.train_step(batches, places).items()} for places in order])
         assert bool(run.graph) == fast
     for plain, fast in zip(*runs):
-        assert fast == pytest.approx(plain, rel=0.1, abs=0.05)
+        assert fast == pytest.approx(plain, rel=near, abs=near)
 
 
 @pytest.mark.parametrize("options, recipe", [((), "toy"), (("--dataset", "cub"), "quick"), (("--recipe", "paper"), "paper")])
