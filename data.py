@@ -198,6 +198,7 @@ MAX_FILE = 256 << 20         # bytes of one member; CUB's table of attributes ha
 MAX_TOTAL = 8 << 30          # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000      # width x height of one picture
 MAX_CAPTIONS = 100           # of one picture; more are left out
+PICTURE = r"\.(jpe?g|png|gif|bmp|webp|tiff?)$"
 
 def members(path):
     """(name, bytes) of every plain file in a folder, .tar, .tgz or .zip. Nothing is unpacked to disk. A member that points outside the
@@ -206,7 +207,7 @@ def members(path):
     try:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.is_file() and re.search(r"\.(txt|jpe?g|png|gif|bmp|webp|tiff?)$", file.name, re.I):
+                if file.is_file() and re.search(r"\.txt$|" + PICTURE, file.name, re.I):
                     yield file.relative_to(path).as_posix(), read_bounded(file)
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -300,7 +301,7 @@ def read_all(path, box=lambda name: None, texts=True):
 
     with ThreadPoolExecutor() as pool:      # Pillow decodes outside Python's lock
         for name, content in members(path):
-            if re.search(r"(^|/)[^./][^/]*\.(jpe?g|png|gif|bmp|webp|tiff?)$", name, re.I):
+            if re.search(r"(^|/)[^./][^/]*" + PICTURE, name, re.I):
                 waiting.append((name, content))
             elif texts and name.endswith(".txt"):
                 others[name] = content

@@ -1248,6 +1248,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
     for name, content in (("short", dict(kind="gan-cls", format=encoder.FORMAT, settings=dict(ngf=3))),
                           ("wide", dict(whole, settings=dict(whole["settings"], ngf=10 ** 6))),
                           ("recipe", dict(whole, settings=dict(whole["settings"], recipe=["quick"]))),
+                          ("nameless", dict(whole, settings={k: v for k, v in whole["settings"].items() if k != "dataset"})),
                           ("history", dict(whole, history=[dict(step=1, loss_D="low")]))):
         (tiny / name).mkdir()
         torch.save(content, tiny / name / "checkpoint.pt")
@@ -1272,6 +1273,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--dataset", "x/mine", "--out", "other"], "was trained on mine with image side conv, not on x/mine"),
         (train, ["--dataset", "x/mine", "--recipe", "quick", "--measure", "--out", "run"], "is of dataset mine, not x/mine: say --dataset mine"),
         (train, [*TINY, "--variant", "gan", "--measure", "--out", "run"], "is of variant gan-int-cls, not gan"),
+        (train, [*TINY, "--variant", "gan", "--measure", "--resume", "--out", "run"], "is of variant gan-int-cls, not gan"),
         (train, [*TINY, "--recipe", "paper", "--measure", "--out", "run"], "is of recipe quick, not paper"),
         (train, ["--dataset", "single", "--measure"], "at least two pictures each"),
         (train, ["--ngf", 100_000], "expected a number from 1 to 1,024"),
@@ -1300,6 +1302,7 @@ def test_bad_input_gives_one_line_and_code_2(tiny, capsys):
         (train, ["--out", "short", "--export", "x"], "does not fit"),
         (train, ["--out", "wide", "--resume"], "does not fit"),
         (train, ["--out", "recipe", "--resume"], "does not fit"),
+        (train, ["--out", "nameless", "--resume"], "does not fit"),
         (train, ["--out", "history", "--resume", "--steps", 99], "does not fit"),
     ]
     (tiny / "runs").mkdir()

@@ -39,7 +39,7 @@ RECIPES = {
 RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1, sharpen=1.5)
 
 TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds; of S
-EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints
+EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints: the last two multiples of the first
 
 # ---- Batches ---------------------------------------------------------------------------------
 class Batches:
@@ -183,8 +183,7 @@ class Trainer:
         try:                            # something small first: without a compiler each part would fail, in a hundred lines
             torch.compile(torch.sin)(torch.ones(8, device=self.device))
         except Exception as error:      # whatever the compilers raise
-            reason = str(getattr(error, "inner_exception", error)) or repr(error)        # torch 2.6 wraps it
-            return log(f"going on without compiling: {reason.splitlines()[0]}")
+            return log(f"going on without compiling: {getattr(error, 'inner_exception', error)}".splitlines()[0])     # torch 2.6 wraps it
         torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
         torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
         for part in filter(None, (self.G, self.Q, self.D.features, self.D.text, self.D.joint)):
@@ -488,7 +487,7 @@ def run_folder(args, variant, seed):
 def run_one(args, variant, seed, out_dir=None, resume=False):
     """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
     out_dir = out_dir or run_folder(args, variant, seed)
-    path, device = out_dir / "checkpoint.pt", args.device
+    path, device, measuring = out_dir / "checkpoint.pt", args.device, args.compare or args.measure
     if path.exists() and not resume:
         raise UserError(f"{path} is there already: add --resume to go on with it, or name another --out")
     if resume and not path.exists():
@@ -502,13 +501,14 @@ def run_one(args, variant, seed, out_dir=None, resume=False):
                 if settings[key] not in allowed:
                     raise ValueError(key)
             load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
-        if args.resume and args.epochs:
+            settings["dataset"] = str(settings["dataset"])
+        if args.epochs and not measuring:
             raise UserError("with --resume, say in --steps how far to go")
-        for key, asked in dict(dataset=args.dataset, variant=variant, recipe=args.recipe).items():      # --measure, --compare: of what they name
-            if settings[key] != asked and not args.resume:
+        for key, asked in dict(dataset=args.dataset, variant=variant, recipe=args.recipe).items():
+            if measuring and settings[key] != asked:        # it would be measured as what it is not
                 raise UserError(f"{path} is of {key} {settings[key]}, not {asked}: say --{key} {settings[key]}, or name another --out")
         settings["steps"], settings["precision"] = args.steps or settings["steps"], args.precision if args.precision != "auto" else settings["precision"]
-    ds = data.load(str(settings["dataset"]) if resume else args.dataset, args.source)
+    ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
     if not resume:
         settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
         shared = Path("runs") / f"{data.short_name(args.dataset)}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
