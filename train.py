@@ -1,563 +1,677 @@
-"""Train the four models of the paper: GAN, GAN-CLS, GAN-INT and GAN-INT-CLS, then the style encoder S.
+"""Train the four models of the paper: GAN, GAN-CLS, GAN-INT and GAN-INT-CLS, then S.
 
-    python train.py                                 # cartoon birds, from nothing to pictures
-    python train.py --dataset cub --recipe paper    # the paper's birds, by the paper's recipe
-    python train.py --variant gan-cls --steps 2000
+    python train.py                                 # cartoon birds, from nothing to images
+    python train.py --dataset cub                   # the paper's birds
+    python train.py --variant all                   # the four models, one after the other
     python train.py --resume                        # go on with a run that was stopped
 
-Algorithm 1 itself is `gan_cls_step` in gan_cls.py; here is what surrounds it. A run lies in runs/DATASET-VARIANT/ (or --out).
+Algorithm 1 itself is `gan_cls_step` in gan_cls.py; the loop around it is `train`, below.
+A run lies in runs/DATASET-VARIANT/ (or --out): checkpoint.pt, samples/, loss.png.
 """
 
-import argparse, copy, json, math, signal, sys, time
+import argparse
+import contextlib
+import copy
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
-import data, encoder
-from data import UserError, save_picture, sheet
-from encoder import centre_crops, embed, fitting, load_checkpoint, load_into, picture_tensor, random_crops, roc, save_checkpoint, to_pixels
-from gan_cls import DTYPES, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step, pick_autocast, r1_step, sharpen, style_loss
+import data
+import encoder
+from data import Batches, UserError
+from encoder import update_ema
+from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step,
+                     mode_seeking_loss, r1_penalty, sharpen, style_loss, update)
 
-# variant: (matching-aware, interpolated). One loop, two switches.
-VARIANTS = {"gan": (False, False), "gan-cls": (True, False), "gan-int": (False, True), "gan-int-cls": (True, True)}
+# The four models are two switches of one step.
+VARIANTS = {
+    "gan":         dict(cls=False, int_=False),
+    "gan-cls":     dict(cls=True, int_=False),
+    "gan-int":     dict(cls=False, int_=True),
+    "gan-int-cls": dict(cls=True, int_=True),
+}
 
 RECIPES = {
-    # [A] section 5, but for phi (`whiten`) and its captions, one of 10 where [A] used 5: --recipe paper.
-    "paper": dict(batch_size=64, lr_G=2e-4, lr_D=2e-4, captions=1, augment=False, sharpen=0.0, mode_seeking=0.0, style=0.0, r1=0.0,
-                  average=0.0, decay=False),
-    # departs from the paper, to turn its 600 epochs into minutes. Smaller batches, so more steps; G's rate doubled, both falling over the
-    # last half; the text of a picture is the mean of several of its captions (the authors' code: 4); D sees augmented pictures and is kept
-    # smooth (r1_step); G is rewarded for heeding z (mode_seeking; eq. 6, by `style`); samples come from the average of its last 500 steps or so.
-    "quick": dict(batch_size=32, lr_G=4e-4, lr_D=2e-4, captions=5, augment=True, sharpen=0.0, mode_seeking=0.05, style=0.02, r1=0.01,
-                  average=0.998, decay=True)}
-# departs from the paper: a D that knows 150 drawn species by heart needs ten times the smoothing; on photographs so much of it leaves D
-# deaf to the text. A `style` of 0.1 makes z say where a drawn bird looks; on photographs so much turns into patterns that only Q can read.
-# Shown sharpened pictures, D sees to it that drawn birds have legs, eyes and no chequers; on photographs it gets too far ahead of G.
-RECIPES["toy"] = dict(RECIPES["quick"], r1=0.1, style=0.1, sharpen=1.5)
+    # [A] section 5.
+    "paper": dict(
+        batch_size=64,
+        lr_G=2e-4,              # halved every 100 epochs, as in the authors' code
+        lr_D=2e-4,
+        captions=(1, 1),        # h is one caption's embedding
+        augment=False,          # the rest is not in the paper, and off
+        sharpen=0.0,
+        mode_seeking=0.0,
+        style=0.0,
+        r1=0.0,
+        ema=0.0,
+        decay=False),
+    # departs from the paper: turns its 600 epochs into minutes. Figures: weights/README.md.
+    "quick": dict(
+        batch_size=32,          # twice the steps in the same time
+        lr_G=4e-4,              # twice D's: with 2e-4 the images of a text are less different
+        lr_D=2e-4,
+        captions=(1, 5),        # h is the mean of so many captions: a fuller text, and a single one
+        augment=True,           # what D sees is shifted, lighter, darker: D memorises less
+        sharpen=0.0,            # what D sees has more fine detail: no checkerboard artefacts
+        mode_seeking=0.05,      # G is paid for different images from different z; 0: z is ignored
+        style=0.02,             # eq. 6 for G too: z can be read off the image; styles transfer
+        r1=0.01,                # gradient penalty on D, every 4th step
+        ema=0.998,              # samples come from the mean of some 500 last steps of G's weights
+        decay=True),            # both rates fall to a tenth over the last half
+}
+RECIPES["toy"] = dict(
+    RECIPES["quick"],
+    sharpen=1.5,                # without it the birds have no legs and no eyes
+    style=0.1,                  # z says where a bird looks; on photographs 0.1 paints spots
+    r1=0.1)                     # D memorises 150 drawn species; on photographs 0.1 hides the text
 
-TOY_STEPS, STYLE_STEPS = 6000, 1200             # of G and D on the toy birds; of S
-EVERY = dict(log=50, sample=500, save=500)      # steps between two progress lines, grids, checkpoints: the last two multiples of the first
+TOY_STEPS = 6000
+STYLE_STEPS = 1200              # of S, after G and D
+EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
 
-# ---- Batches ---------------------------------------------------------------------------------
-class Batches:
-    """All that a step reads, on the device: the pictures as uint8, every caption's embedding as one table. A batch is a few gathers."""
-    def __init__(self, ds, phi, device, captions=1):
-        self.images, self.captions = picture_tensor(ds, device), captions
-        self.starts = encoder.caption_starts(ds).to(device)
-        self.table = embed(phi, [t for c in ds.captions for t in c]).half()      # (captions of all pictures, 1024)
-        order = ds.split(False)
-        order = order[np.argsort(ds.labels[order], kind="stable")]               # training pictures, class by class
-        _, class_of, size = np.unique(ds.labels[order], return_inverse=True, return_counts=True)
-        if len(size) < 2:
-            raise UserError("training needs pictures of at least two classes: a wrong text comes from another class")
-        self.order, self.class_of, self.size = (torch.from_numpy(a).to(device) for a in (order, class_of, size))
-        self.first = self.size.cumsum(0) - self.size
 
-    def texts(self, pictures):
-        """h of pictures (B,): the mean of `captions` of each one's captions, drawn at random. (B, 1024)"""
-        start, count = self.starts[pictures], self.starts[pictures + 1] - self.starts[pictures]
-        draw = (torch.rand(self.captions, len(pictures), device=pictures.device) * count).long()
-        return self.table[start + draw].float().mean(0)
+# ---- The loop --------------------------------------------------------------------------------
 
-    def batch(self, places):
-        """places (B,) in the order class by class -> x, h, h_wrong."""
-        B, classes, mine = len(places), len(self.size), self.class_of[places]
-        draw = lambda n: (torch.rand(B, device=places.device, dtype=torch.float64) * n).long()     # 0 .. n - 1
-        other = (mine + 1 + draw(classes - 1)) % classes                         # a class that is not the picture's
-        wrong = self.first[other] + draw(self.size[other])
-        return random_crops(self.images, self.order[places]), self.texts(self.order[places]), self.texts(self.order[wrong])
+def train(run, batches, out_dir, sample_grid, log=print):
+    """Train to run.settings["steps"]. Returns False where Ctrl-C or kill ended it earlier.
 
-def get_encoder(ds, path, device, image_side=None, log=print, **options):
-    """The text encoder's checkpoint at `path`, trained first when not there. image_side: None is any. Raises UserError where it has another."""
-    log(f"text encoder: {path}" + ("" if path.exists() else " is not there yet, training one"))
-    if not path.exists():
-        save_checkpoint(path, **encoder.train_encoder(ds, device, image_side=image_side or "conv", log=log, **options))
-    checkpoint = load_checkpoint(path, "encoder")
-    with fitting(path):
-        made = checkpoint["settings"]
-        if image_side not in (None, made["image_side"]) or Path(made["dataset"]).resolve() != Path(ds.name).resolve():
-            raise UserError(f"{path} was trained on {made['dataset']} with image side {made['image_side']}, not on {ds.name} with {image_side or 'any'}: remove it to train another")
-    return checkpoint
-
-# ---- Pictures of the progress ----------------------------------------------------------------
-def plot(panels, path, size=360):
-    """Line plots side by side, as a picture: panels is a list of {name: (xs, ys)}; both axes begin at 0."""
-    pen = ImageDraw.Draw(page := Image.new("RGB", (size * len(panels), size), "white"))
-    for n, lines in enumerate(panels):
-        left, right, top, bottom = n * size + 45, (n + 1) * size - 15, 20 + 14 * len(lines), size - 30
-        wide, high = (max(1e-9, max(float(v) for line in lines.values() for v in line[axis])) for axis in (0, 1))
-        pen.rectangle((left, top, right, bottom), outline="grey")
-        for place, anchor, text in (((left - 6, top), "rm", f"{high:.1f}"), ((left - 6, bottom), "rm", "0"), ((right, bottom + 12), "rm", f"{wide:g}")):
-            pen.text(place, text, "black", anchor=anchor)
-        for i, (name, (xs, ys)) in enumerate(lines.items()):
-            points = [(left + (right - left) * float(x) / wide, bottom - (bottom - top) * float(y) / high) for x, y in zip(xs, ys)]
-            ink = ("black", "red", "green", "orange", "blue")[i % 5]
-            if len(points) > 1:
-                pen.line(points, ink, 2)
-            pen.text((left, 10 + 14 * i), name, ink, anchor="lm")
-    save_picture(page, path)
-
-# ---- Training --------------------------------------------------------------------------------
-class Trainer:
-    """The state of a run, and how it is saved and restored."""
-    def __init__(self, settings, device, encoder_checkpoint):
-        self.settings, self.device, self.encoder = settings, device, encoder_checkpoint
-        self.recipe = RECIPES[settings["recipe"]]
-        see, gain = augment if self.recipe["augment"] else (lambda x: x), self.recipe["sharpen"]
-        self.augment, self.shown, self.r1_step = see, (lambda x: sharpen(see(x), gain)) if gain else see, r1_step     # shown: to D
-        torch.manual_seed(settings["seed"])
-        layout = dict(device=device, memory_format=torch.channels_last)     # what convolutions in 16 bits like
-        self.G = Generator(settings["ngf"]).to(**layout)
-        self.D = Discriminator(settings["ndf"]).to(**layout)
-        self.Q = StyleEncoder(settings["ndf"]).to(**layout) if self.recipe["style"] else None
-        self.average = copy.deepcopy(self.G).eval()
-        adam = dict(betas=(0.5, 0.999), fused=True)         # [A] section 5: beta1 = 0.5. Rates as tensors: a recorded step reads them anew
-        self.opt_G = torch.optim.Adam([p for net in (self.G, self.Q) if net for p in net.parameters()], torch.tensor(self.recipe["lr_G"], device=device), **adam)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), torch.tensor(self.recipe["lr_D"], device=device), **adam)
-        self.amp, self.scaler, self.precision = pick_autocast(device, settings["precision"])
-        self.step, self.history, self.S, self.graph, self.capture_at = 0, [], None, None, None
-
-    def parts(self):
-        return {k: getattr(self, k) for k in ("G", "D", "Q", "average", "opt_G", "opt_D", "scaler") if getattr(self, k)}
-
-    def save(self, path):
-        save_checkpoint(path, kind="gan-cls", settings=self.settings, encoder=self.encoder, step=self.step,
-                        history=self.history, S=self.S and self.S.state_dict(), rng=torch.get_rng_state(),
-                        cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                        **{k: v.state_dict() for k, v in self.parts().items()})
-
-    def restore(self, checkpoint):
-        for k, v in self.parts().items():
-            if k != "scaler" or checkpoint[k]:              # empty: the run was in bf16 or fp32 until now
-                v.load_state_dict(checkpoint[k])
-        for group in self.opt_G.param_groups + self.opt_D.param_groups:     # the run may have been on another device
-            group["lr"] = group["lr"].to(self.device)
-        self.step, self.history = checkpoint["step"], checkpoint["history"]
-        for row in self.history:
-            if not {"step", "loss_D", "loss_G", "D(real)", "D(fake)"} <= row.keys() == self.history[0].keys() or not all(map(math.isfinite, row.values())):
-                raise ValueError("history")
-        if checkpoint["S"]:
-            self.S = load_into(StyleEncoder, checkpoint["S"]).to(self.device, memory_format=torch.channels_last).eval()
-        torch.set_rng_state(checkpoint["rng"])
-        if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
-
-    def update_average(self):
-        """average <- d * average + (1 - d) * G, with a smaller d in the first steps; d = 0 is G itself."""
-        d = min(self.recipe["average"], self.step / (self.step + 10))
-        with torch.no_grad():
-            ours, theirs = ([t for t in net.state_dict().values() if t.is_floating_point()] for net in (self.average, self.G))
-            torch._foreach_lerp_(ours, theirs, 1 - d)
-
-    def algorithm1(self, batch):
-        """One step of Algorithm 1 on (x, h, h_wrong) -> its losses, still on the device."""
-        cls, int_ = VARIANTS[self.settings["variant"]]
-        return gan_cls_step(self.G, self.D, self.opt_G, self.opt_D, *batch, cls=cls, int_=int_, amp=self.amp, scaler=self.scaler,
-                            augment=self.shown, mode_seeking=self.recipe["mode_seeking"], Q=self.Q, style=self.recipe["style"])
-
-    def train_step(self, batches, places):
-        """The step and what follows it: at every fourth the smoothing of D, four times as strong, and G's average."""
-        if self.graph:
-            self.graph_places.copy_(places)
-            self.graph.replay()
-            (x, h, _), out = self.recorded
-        else:
-            x, h, _ = batch = batches.batch(places)
-            out = self.algorithm1(batch)
-        self.step += 1
-        if self.recipe["r1"] and self.step % 4 == 0:
-            self.r1_step(self.D, self.opt_D, self.shown(x), h, 4 * self.recipe["r1"])
-        self.update_average()
-        if self.step == self.capture_at:
-            self.capture(batches, places)
-        return out
-
-    def compile(self, log=print):
-        """On CUDA, where launching the kernels of so small a step takes longer than running them: fuse them (torch.compile); after three
-        steps record the whole step and replay it from then on (a CUDA graph). fp16, for older cards, is not recorded: nobody has tried."""
-        log("compiling the step: a minute or two (--no-compile skips it)")
-        self.capture_at = None if self.precision == "fp16" else self.step + 3
-        try:                            # something small first: without a compiler each part would fail, in a hundred lines
-            torch.compile(torch.sin)(torch.ones(8, device=self.device))
-        except Exception as error:      # whatever the compilers raise
-            return log(f"going on without compiling: {getattr(error, 'inner_exception', error)}".splitlines()[0])     # torch 2.6 wraps it
-        torch._dynamo.config.suppress_errors = True         # what cannot be compiled runs as it is
-        torch._dynamo.config.cache_size_limit = 32          # the parts share one counter of compiled versions
-        for part in filter(None, (self.G, self.Q, self.D.features, self.D.text, self.D.joint)):
-            part.compile(dynamic=False)
-        self.r1_step = torch.compiler.set_stance("force_eager")(r1_step)     # what is compiled has no second derivative
-
-    def capture(self, batches, places):
-        self.graph_places, graph = places.clone(), torch.cuda.CUDAGraph()
-        self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = True
-        try:
-            with torch.cuda.graph(graph):
-                self.recorded = (batch := batches.batch(self.graph_places)), self.algorithm1(batch)     # rewritten by each replay
-        except RuntimeError as error:           # CUDA's random generator stays stuck in recording
-            raise UserError(f"the step cannot be recorded here ({str(error).splitlines()[0]}): run again with --no-compile") from None
-        self.opt_G.param_groups[0]["capturable"] = self.opt_D.param_groups[0]["capturable"] = False     # r1_step runs outside
-        self.graph = graph
-
-    def set_rates(self, epoch, first):
-        """The learning rates of an epoch whose first step is `first`. [A] section 5: 2e-4, in the authors' code halved every 100 epochs.
-        Recipe "quick": down to a tenth, in a straight line, over the last half of the steps."""
-        factor = min(1.0, max(0.1, 2 - 2 * first / self.settings["steps"])) if self.recipe["decay"] else 0.5 ** (epoch // 100)
-        self.opt_G.param_groups[0]["lr"].fill_(self.recipe["lr_G"] * factor)
-        self.opt_D.param_groups[0]["lr"].fill_(self.recipe["lr_D"] * factor)
-
-def train(run, batches, out_dir, show, log=print):
-    """Train to settings["steps"]; show(G) -> a picture of samples. Returns False if it was interrupted."""
-    s, start, began, logged, sums, last = run.settings, time.time(), run.step, run.step, {}, False
-    B, n, per_epoch = s["batch_size"], len(batches.order), max(1, len(batches.order) // s["batch_size"])
-    stop = []                           # Ctrl-C and kill: finish the step, or one more, save, go
-    handlers = {sig: signal.signal(sig, lambda *_: stop.append(1)) for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    sample_grid(G) -> an image of samples. Progress lines are means since the last one.
+    """
+    s = run.settings
+    recipe = run.recipe
+    per_epoch = max(1, len(batches) // s["batch_size"])
+    meter = Meter(run, log)
+    last = False
+    with stop_signals() as stopped:
         while not last:
             epoch, i = divmod(run.step, per_epoch)
-            if i == 0 or run.step == began:
-                # The order of an epoch depends on seed and epoch alone: a resumed run finds the same one.
-                order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * s["seed"] + epoch)).to(run.device)
-                run.set_rates(epoch, epoch * per_epoch)
-            sums = {k: sums.get(k, 0) + v for k, v in run.train_step(batches, order[i * B:(i + 1) * B]).items()}     # on the device
+            positions = epoch_order(len(batches), s["seed"], epoch)[i * s["batch_size"]:]
+            x, h, h_wrong = batches.batch(positions[:s["batch_size"]].to(run.device))
 
-            last = run.step == s["steps"] or bool(stop)
-            if run.step % EVERY["log"] == 0 or last:      # only here does the CPU wait for the numbers
-                now, sums, logged = {k: v.item() / (run.step - logged) for k, v in sums.items()}, {}, run.step      # means: one batch says little
-                check_health(now, run.history, run.step)
-                run.history.append(dict(step=run.step, **now))
-                rate = (run.step - began) / (time.time() - start)
-                log(f"step {run.step}/{s['steps']}  epoch {epoch}  " + "  ".join(f"{k} {v:.3f}" for k, v in now.items())
-                    + f"  {rate * B:.0f} pictures/s  {(s['steps'] - run.step) / rate / 60:.1f} min left")
+            set_rates(run, epoch)
+            out = gan_cls_step(
+                run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **VARIANTS[s["variant"]],
+                view=run.view, extra_G_loss=run.extra_G_loss, amp=run.amp, scaler=run.scaler)
+            run.step += 1
+            if recipe["r1"] and run.step % 4 == 0:          # seldom, but 4 times as strong
+                run.smooth_D(x, h, 4 * recipe["r1"])
+            update_ema(run.G_ema, run.G, min(recipe["ema"], run.step / (run.step + 10)))
+            meter.add(out)
+
+            last = run.step == s["steps"] or bool(stopped)
+            if run.step % EVERY["log"] == 0 or last:        # only here does the CPU wait for CUDA
+                means = meter.means()
+                check_health(means, run.history, run.step)
+                run.history.append(dict(step=run.step, **means))
+                meter.log(epoch, means)
             if run.step % EVERY["sample"] == 0 or last:
-                save_picture(show(run.average), out_dir / "samples" / f"{run.step:06d}.png")
-                curves = lambda *keys: {k: ([r["step"] for r in run.history], [r[k] for r in run.history]) for k in keys if k in now}
-                plot([curves("loss_D", "loss_G"), curves("D(real)", "D(wrong)", "D(fake)")], out_dir / "loss.png")
+                data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
+                plot_history(run.history, out_dir / "loss.png")
             if run.step % EVERY["save"] == 0 or last:
                 run.save(out_dir / "checkpoint.pt")
+    return run.step == s["steps"]
+
+
+def epoch_order(n, seed, epoch):
+    """The order of the training images in an epoch: the same whenever seed and epoch are."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator)
+
+
+def set_rates(run, epoch):
+    """The learning rates of a step. [A] section 5: 2e-4, in the authors' code halved every 100
+    epochs. With `decay`: in a straight line to a tenth over the last half of the steps."""
+    if run.recipe["decay"]:
+        factor = min(1.0, max(0.1, 2 - 2 * run.step / run.settings["steps"]))
+    else:
+        factor = 0.5 ** (epoch // 100)
+    for optimizer, key in ((run.opt_G, "lr_G"), (run.opt_D, "lr_D")):
+        for group in optimizer.param_groups:
+            group["lr"] = run.recipe[key] * factor
+
+
+class Meter:
+    """Means of what the steps return, and the progress line."""
+
+    def __init__(self, run, log):
+        self.run = run
+        self.print = log
+        self.first_step = run.step
+        self.start = time.time()
+        self.sums = {}
+        self.count = 0
+
+    def add(self, out):
+        for key, value in out.items():
+            self.sums[key] = self.sums.get(key, 0) + value      # stays on the device
+        self.count += 1
+
+    def means(self):
+        """{name: mean since the last call}. Only here are numbers read from the device."""
+        means = {key: value.item() / self.count for key, value in self.sums.items()}
+        self.sums = {}
+        self.count = 0
+        return means
+
+    def log(self, epoch, means):
+        step = self.run.step
+        steps = self.run.settings["steps"]
+        rate = (step - self.first_step) / (time.time() - self.start)    # steps a second
+        numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+        self.print(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
+                   f"{rate * self.run.settings['batch_size']:.0f} images/s  "
+                   f"{(steps - step) / rate / 60:.1f} min left")
+
+
+def check_health(means, history, step):
+    """Stop a run that cannot recover, before it overwrites its last good checkpoint."""
+    if not all(math.isfinite(value) for value in means.values()):
+        raise UserError(
+            f"a loss is no longer finite at step {step}: go on from the last checkpoint with "
+            "--resume, and if it comes again try --precision fp32 or another --seed")
+    rows = history[-5:] + [means]
+    won = [row["D(real)"] > 0.999 and row["D(fake)"] < 0.001 for row in rows]
+    if len(won) > 5 and all(won):
+        raise UserError(
+            f"D has won at step {step}: it is certain of every image and teaches G nothing "
+            "more; try --recipe quick, a smaller --ndf or another --seed")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is no longer empty after Ctrl-C or kill: the loop ends its step and saves."""
+    stopped = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():   # in others Python allows none
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            handlers[sig] = signal.signal(sig, lambda *_: stopped.append(True))
+    try:
+        yield stopped
     finally:
         for sig, handler in handlers.items():
             signal.signal(sig, handler)
-    return not stop
 
-def check_health(now, history, step):
-    """Stop a run that cannot recover, before it overwrites its last good checkpoint."""
-    if not all(map(math.isfinite, now.values())):
-        raise UserError(f"a loss is no longer finite at step {step}: go on from the last checkpoint with --resume, and "
-                        "if it comes again try --precision fp32 or another --seed")
-    if all(r["D(real)"] > 0.999 and r["D(fake)"] < 0.001 for r in history[-5:] + [now]) and len(history) >= 5:
-        raise UserError(f"D has won at step {step}: it is certain of every picture and teaches G nothing more; try "
-                        "--recipe quick, a smaller --ndf or another --seed")
 
-def train_style_encoder(run, batches, steps, log=print):
-    """S by [A] eq. 6, on a frozen G: draw z, let G paint, ask S for the z. Always answering 0 would lose E||z||^2 = 100."""
+def plot_history(history, path):
+    """Two panels: the losses, and D's mean outputs."""
+    def curves(*keys):
+        lines = {}
+        for key in keys:
+            if key in history[0]:
+                lines[key] = ([row["step"] for row in history], [row[key] for row in history])
+        return lines
+
+    data.plot([curves("loss_D", "loss_G"), curves("D(real)", "D(wrong)", "D(fake)")], path)
+
+
+# ---- The state of a run ----------------------------------------------------------------------
+
+class Run:
+    """Networks, optimizers and what else a checkpoint holds.
+
+    settings: a dict of plain values; encoder: the checkpoint of phi. layout: how images lie in
+    memory; convolutions in 16 bits want channels last.
+    """
+
+    def __init__(self, settings, device, encoder=None, layout=torch.channels_last):
+        self.settings = settings
+        self.device = device
+        self.encoder = encoder
+        self.recipe = RECIPES[settings["recipe"]]
+        self.step = 0
+        self.history = []
+        self.S = None               # trained when G and D are done
+        self.eager = contextlib.nullcontext         # see compile_networks
+
+        torch.manual_seed(settings["seed"])
+        put = dict(device=device, memory_format=layout)
+        self.G = Generator(settings["ngf"]).to(**put)
+        self.D = Discriminator(settings["ndf"]).to(**put)
+        self.Q = StyleEncoder(settings["ndf"]).to(**put) if self.recipe["style"] else None
+        self.G_ema = copy.deepcopy(self.G).eval()
+
+        # [A] section 5: Adam with beta1 = 0.5. Q, which reads z off G's images, learns with G.
+        adam = dict(betas=(0.5, 0.999), fused=True)
+        with_G = [self.G, self.Q] if self.Q else [self.G]
+        self.opt_G = torch.optim.Adam([p for net in with_G for p in net.parameters()], **adam)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), **adam)
+        self.amp = data.autocast(device, settings["precision"])
+        self.scaler = data.grad_scaler(device, settings["precision"])
+
+    # What recipes "quick" and "toy" add to Algorithm 1.
+
+    def view(self, x):
+        """What D sees of images (N, 3, 64, 64), real or fake."""
+        if self.recipe["augment"]:
+            x = augment(x)
+        if self.recipe["sharpen"]:
+            x = sharpen(x, self.recipe["sharpen"])
+        return x
+
+    def extra_G_loss(self, z, texts, x_fake):
+        """A scalar for G's loss. z (N, 100), texts (N, 1024), x_fake = G(z, texts)."""
+        loss = 0.0
+        with self.amp:
+            if self.recipe["mode_seeking"]:
+                n = self.settings["batch_size"] // 4            # the same texts with another z
+                z2 = torch.randn_like(z[:n])
+                x2 = self.G(z2, texts[:n])
+                pairs = mode_seeking_loss(z[:n], z2, x_fake[:n], x2)
+                loss = loss + self.recipe["mode_seeking"] * pairs
+            if self.recipe["style"]:
+                # Eq. 6 rewards G too, through an S of its own (Q, as in InfoGAN, Chen et al. 2016):
+                # z is to be read off the image, whatever the sentence.
+                loss = loss + self.recipe["style"] * style_loss(z, self.Q(self.view(x_fake)))
+        return loss
+
+    def smooth_D(self, x, h, weight):
+        """A step of D down the gradient penalty, in 32 bits."""
+        with self.eager():
+            update(self.opt_D, weight * r1_penalty(self.D, self.view(x), h), self.scaler)
+
+    # Checkpoints.
+
+    def parts(self):
+        """What has a state_dict. "average" is the name of G_ema in files."""
+        parts = dict(G=self.G, D=self.D, Q=self.Q, average=self.G_ema, opt_G=self.opt_G,
+                     opt_D=self.opt_D, scaler=self.scaler)
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state(self):
+        """All that a step changes or reads, but `step`: a dict of state_dicts and random states."""
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state["rng"] = torch.get_rng_state()
+        state["cuda_rng"] = None
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state(self, state):
+        for name, part in self.parts().items():
+            if name != "scaler" or state[name]:         # empty: it was not in fp16
+                part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def save(self, path):
+        S = self.S.state_dict() if self.S else None
+        data.save_checkpoint(
+            path, kind="gan-cls", settings=self.settings, encoder=self.encoder, step=self.step,
+            history=self.history, S=S, **self.state())
+
+    def restore(self, checkpoint):
+        self.load_state(checkpoint)
+        self.step = checkpoint["step"]
+        self.history = checkpoint["history"]
+        if checkpoint["S"]:
+            S = data.load_network(StyleEncoder, checkpoint["S"])
+            self.S = S.to(self.device, memory_format=torch.channels_last).eval()
+
+
+# ---- torch.compile ---------------------------------------------------------------------------
+
+def compile_networks(run, batches, log=print):
+    """Compile G, the parts of D, and Q; each stays compiled only if a rehearsal goes well.
+
+    On CUDA launching the kernels of so small a step can take longer than running them, and a
+    compiler fuses them. But it can also fail, even in the middle of a backward pass
+    (chains of ConvTranspose2d: pytorch issues 171622, 184026). A run must not end by that.
+    """
+    log("compiling the networks takes a minute or two (--no-compile skips it)")
+    run.eager = lambda: torch.compiler.set_stance("force_eager")    # no second derivatives
+    parts = {"G": run.G, "D.features": run.D.features, "D.text": run.D.text,
+             "D.joint": run.D.joint, "Q": run.Q}
+    failed = {}
+    for name, net in parts.items():
+        if net is None:
+            continue
+        try:
+            # Module.compile() skips an nn.Sequential.
+            net.forward = torch.compile(net.forward, dynamic=False)
+            rehearse(run, batches)
+        except Exception as error:              # whatever a compiler raises
+            net.__dict__.pop("forward", None)   # the class's own, eager forward is back
+            failed[name] = str(error).strip().split("\n")[0]
+    if failed:
+        reason = next(iter(failed.values()))
+        log(f"not compiled, and run as they are: {', '.join(failed)} ({reason})")
+
+
+def rehearse(run, batches):
+    """One step of which nothing remains: not in a weight, a statistic, Adam, or a random state."""
+    state = copy.deepcopy(run.state())
+    B = run.settings["batch_size"]
+    try:
+        x, h, h_wrong = batches.batch(torch.arange(B, device=run.device) % len(batches))
+        gan_cls_step(
+            run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **VARIANTS[run.settings["variant"]],
+            view=run.view, extra_G_loss=run.extra_G_loss, amp=run.amp, scaler=run.scaler)
+    finally:
+        run.D.requires_grad_(True)              # it may have failed in between
+        run.load_state(state)
+
+
+# ---- S, after G and D ------------------------------------------------------------------------
+
+def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
+    """S by [A] eq. 6, with G frozen: draw z, generate, ask S for the z. -> a StyleEncoder.
+
+    An S that always answers 0 would have a loss of E ||z||^2 = 100.
+    """
     torch.manual_seed(run.settings["seed"])
-    S, scaler = StyleEncoder().to(run.device, memory_format=torch.channels_last), pick_autocast(run.device, run.precision)[1]
-    optimiser = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
-    B, start = run.settings["batch_size"], time.time()
+    B = run.settings["batch_size"]
+    S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
+    scaler = data.grad_scaler(run.device, run.settings["precision"])
+    start = time.time()
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
-        pictures = batches.order[torch.randint(len(batches.order), (B,), device=run.device)]
+        index = torch.randint(len(batches), (B,), device=run.device)
+        h = batches.texts(batches.training_images[index])
         with run.amp:
             with torch.no_grad():
-                x = run.augment(run.average(z, batches.texts(pictures)))    # else S reads patterns that no photograph has
+                x = run.G_ema(z, h)
+                if run.recipe["augment"]:       # else S reads patterns that no photograph has
+                    x = augment(x)
             loss = style_loss(z, S(x))
-        optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimiser)
-        scaler.update()
+        update(optimizer, loss, scaler)
         if step == steps * 3 // 4:
-            optimiser.param_groups[0]["lr"] /= 10
+            optimizer.param_groups[0]["lr"] /= 10
         if step % 200 == 0 or step == steps:
-            log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  {time.time() - start:.0f} s")
+            log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  "
+                f"{time.time() - start:.0f} s")
     return S.eval()
 
-# ---- Measuring: the four models side by side ([A] sections 5.1 and 5.2) ----------------------
-@torch.no_grad()
-def paint(G, h, seed=0):
-    """Pictures (N, 3, 64, 64) in [-1, 1] of texts (N, 1024), a fresh noise each, as a viewer gets them: in 8 bits."""
-    z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(seed)).to(h.device)
-    return torch.cat([(G(z[i:i + 256], h[i:i + 256]) * 127.5).round() / 127.5 for i in range(0, len(h), 256)])
 
-@torch.no_grad()
-def measure(ds, batches, G, S, scorer, groups, device):
-    """One trained model on the unseen classes -> dict of numbers, S (n, 100) and captions (n, 1024) of the real pictures. scorer: an encoder's
-    checkpoint that had no part in the training of G; groups: {name: pairs} of style verification."""
-    phi, v = encoder.build(scorer, device)
-    index, labels, classes, means = encoder.unseen(ds, phi)
-    torch.manual_seed(0)
-    real, fake, out = centre_crops(batches.images, index.to(device)), paint(G, batches.texts(index.to(device))), {}
-    for name, x in (("real", real), ("fake", fake)):
-        emb = encoder.embed_pictures(v, x).cpu()
-        out.update({f"top-{k} {name}": encoder.top(k, emb, labels, classes, means) for k in (1, 5)})
-    # Spread: standard deviation of a pixel over 16 noises of one text, against that over the pictures of one class.
-    firsts = torch.stack([index[labels == c][0] for c in classes]).to(device)
-    drawn = paint(G, batches.texts(firsts).repeat_interleave(16, 0), seed=1).unflatten(0, (-1, 16))
-    out["spread"] = (drawn.std(1).mean() / torch.stack([real[(labels == c).to(device)].std(0).mean() for c in classes]).mean().clamp(min=1e-6)).item()
-    # Features of the Frechet distance: the scorer's last map of 4x4x256, averaged over its places.
-    tower = lambda x: torch.cat([v.net[0](part) for part in x.split(256)]).cpu()            # (N, 256, 4, 4)
-    out["Frechet"] = encoder.frechet_distance(tower(fake).mean((2, 3)), tower(real).mean((2, 3)))
-    if ds.keypoints is not None:
-        out.update(measure_transfer(ds, batches, G, S, index, tower, device))
-    style, said = S(real).cpu(), batches.texts(index.to(device)).cpu()
-    for name, pairs in groups.items():
-        out[f"AUC {name}"] = encoder.verify_style(style, pairs)
-        out[f"AUC {name}, captions"] = encoder.verify_style(said, pairs)
-    return out, style, said
-
-def measure_transfer(ds, batches, G, S, index, tower, device):
-    """Style transfer ([A] section 4.4): every unseen picture's style with another's text. How often do the colour above the bird (of 8
-    groups; chance about 1 in 8) and the direction (a linear probe on features; chance 1 in 2) stay the query's?"""
-    facing = torch.from_numpy(np.sign(ds.keypoints[:, 0, 0] - ds.keypoints[:, 5, 0]))       # beak against tail; nan: not seen
-    known = lambda i: i[facing[i].isfinite()]
-    train, query = known(torch.from_numpy(ds.split(False)))[::2], known(index)
-    pictures = lambda i: centre_crops(batches.images, i.to(device))
-    columns = lambda x: tower(x).mean(2).flatten(1)                                         # (N, 256 * 4): left and right kept apart
-    probe = torch.linalg.lstsq(columns(pictures(train)), facing[train, None].float(), driver="gelsd").solution
-    x = pictures(query)
-    y = torch.cat([G(S(a), h) for a, h in zip(x.split(256), batches.texts(query.flip(0).to(device)).split(256))])
-    above = [p[:, :, :6].mean((2, 3)).cpu() for p in (x, y)]    # the top 6 rows, hardly ever bird
-    group = encoder.kmeans(torch.cat(above), 8).view(2, -1)
-    return {"style: background": (group[0] == group[1]).float().mean().item(),
-            "style: direction": ((columns(y) @ probe).sign()[:, 0] == facing[query]).float().mean().item(),
-            "  probe on real ones": ((columns(x) @ probe).sign()[:, 0] == facing[query]).float().mean().item()}
-
-def export(args, path):
-    """What sampling needs of a run, in half precision, to weights/NAME.pt. Raises UserError."""
-    run, out = load_checkpoint(path, "gan-cls"), Path("weights") / f"{args.export}.pt"
-    if Path(args.export).name != args.export:
-        raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
-    half = lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    with fitting(path):
-        if not run["S"]:
-            raise UserError(f"{path} is not finished: let it go on with --resume")
-        phi = dict(kind="encoder", settings=run["encoder"]["settings"], phi=half(run["encoder"]["phi"]))
-        run = dict(kind="gan-cls", settings=run["settings"], step=run["step"], average=half(run["average"]), S=half(run["S"]), encoder=phi)
-    save_checkpoint(out, **run)
-    print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
-
-def compare(args):
-    """GAN, GAN-CLS, GAN-INT and GAN-INT-CLS (with --measure: one of them): same data, text encoder, seeds and steps. Finished runs are
-    reused. Writes the grid of pictures and the two ROC plots, prints the table and the same as JSON."""
-    started, device, name = time.time(), args.device, data.short_name(args.dataset)
-    rows, curves, columns, made, variants = {}, [{}, {}], [], None, list(VARIANTS) if args.compare else [args.variant]
-    seeds = range(args.compare) if args.compare else [args.seed]
-    ds = data.load(args.dataset, args.source)
-    if min(np.bincount(ds.labels)[ds.unseen], default=0) < 2:
-        raise UserError(f"{name} cannot be measured: expected unseen classes of at least two pictures each")
-    for variant in variants:
-        for seed in seeds:
-            folder = args.out if args.out and not args.compare else run_folder(args, variant, seed)
-            ds, batches, run = run_one(args, variant, seed, folder, resume=(folder / "checkpoint.pt").exists())
-            mine = run.step, *map(run.settings.get, ("recipe", "ngf", "ndf"))
-            if (made := made or mine) != mine:
-                raise UserError(f"{folder} has (steps, recipe, ngf, ndf) {mine}, another {made}: remove it, or name the longer one in --steps")
-            if not columns:
-                # The scorer: another text encoder, with another seed and trained image side, that no G has learned from.
-                scorer = get_encoder(ds, Path("runs") / f"{name}-scorer.pt", device, seed=1)
-                groups = {}
-                if ds.boxes is not None and ds.keypoints is not None:
-                    groups = {k: encoder.style_pairs(g) for k, g in zip(("background", "pose"), encoder.style_groups(ds, ds.split(True)))}
-                shown = sample_pictures(ds, 8)
-                texts = [ds.captions[i][0] for i in shown]
-                columns.append(to_pixels(centre_crops(batches.images, torch.tensor(shown, device=device))))
-            numbers, style, said = measure(ds, batches, run.average, run.S, scorer, groups, device)
-            rows.setdefault(variant, []).append(numbers)
-            if seed == seeds[0]:
-                phi, _ = encoder.build(run.encoder, device)
-                columns.append(to_pixels(paint(run.average, embed(phi, texts), seed=3)))
-                for lines, (kind, pairs) in zip(curves, groups.items()):
-                    i, j, same = (torch.cat(p) for p in zip(*pairs))
-                    for who, emb in {"captions": said, variant: style}.items():
-                        lines[f"{who}, {kind}"] = roc(F.cosine_similarity(emb[i], emb[j]), same)
-    out = Path("runs") / f"{name}-compare"
-    save_picture(sheet(list(zip(*columns)), texts, ["real", *variants], scale=1.5), out / "models.png")
-    if groups:
-        plot(curves, out / "roc.png")
-    print("\n" + " " * 24 + "".join(f"{v:>18}" for v in variants))
-    for key in rows[variants[0]][0]:
-        values = [[r[key] for r in rows[v]] for v in variants]
-        print(f"{key:24}" + "".join(f"{np.mean(x):>18.3f}" if len(x) == 1 else f"{np.mean(x):>10.3f} +-{np.std(x):.3f}" for x in values))
-    print(json.dumps({v: [{k: round(x, 4) for k, x in r.items()} for r in rows[v]] for v in variants}))
-    print(f"measured in {(time.time() - started) / 60:.1f} minutes, training included; pictures in {out}")
-
-# ---- How fast it is --------------------------------------------------------------------------
-def plain_step(run, x, h, h_wrong):
-    """Algorithm 1 as usually written, to compare with: D runs five times, G three, and G's step fills D's gradients too. The same losses."""
-    G, D, B = run.G, run.D, len(x)
-    log_yes, log_no = (lambda s: F.logsigmoid(s).mean()), (lambda s: F.logsigmoid(-s).mean())
-    noise = lambda n: torch.randn(n, Z_DIM, device=x.device)
-    loss_D = -(log_yes(D(x, h)) + (log_no(D(x, h_wrong)) + log_no(D(G(noise(B), h).detach(), h))) / 2)
-    run.opt_D.zero_grad()
-    loss_D.backward()
-    run.opt_D.step()
-    blends = (h[:B // 2] + h[B // 2:2 * (B // 2)]) / 2
-    loss_G = -log_yes(D(G(noise(B), h), h)) - log_yes(D(G(noise(B // 2), blends), blends))
-    run.opt_G.zero_grad()
-    loss_G.backward()
-    run.opt_G.step()
-
-def benchmark(args):
-    """Time the step on random data. Prints; writes nothing."""
-    device, B, cuda = args.device, args.batch_size or 64, args.device.type == "cuda"
-    done, size = (torch.cuda.synchronize, 8192) if cuda else (lambda: None, 2048)
-    n = max(2048, 2 * B)
-    settings = dict(choose_settings(args, args.variant, args.seed, n, device), batch_size=B)
-    ds = data.Dataset("random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8), [["a bird"] * 10] * n, np.arange(n) % 64,
-                      [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
-    batches = Batches(ds, encoder.CharCNNRNN(8).to(device), device, RECIPES[settings["recipe"]]["captions"])
-    places = lambda: torch.randint(n, (B,), device=device)
-
-    def milliseconds(step, repeats=25, warm=6):
-        times = []
-        for i in range(warm + repeats):
-            start = time.perf_counter()
-            step(), done()
-            times.append(time.perf_counter() - start)
-        return 1000 * float(np.median(times[warm:]))
-
-    from torch.utils.flop_counter import FlopCounterMode        # here: it takes a second to import
-    usual = Trainer(dict(settings, precision="fp32"), device, None)
-    x, h, h_wrong = fixed = batches.batch(places())
-    with FlopCounterMode(display=False) as counter:
-        usual.algorithm1(fixed)
-    usual.G.to(memory_format=torch.contiguous_format), usual.D.to(memory_format=torch.contiguous_format)
-    plain = milliseconds(lambda: plain_step(usual, x.contiguous(), h, h_wrong), 9, 3)
-    began, run = time.perf_counter(), Trainer(settings, device, None)
-    if cuda and not args.no_compile:
-        run.compile()
-        for _ in range(4):
-            run.train_step(batches, places())
-        done()
-    preparation = time.perf_counter() - began
-    bare, loop = milliseconds(lambda: run.algorithm1(fixed)), milliseconds(lambda: run.train_step(batches, places()))
-    a = torch.randn(size, size, device=device, dtype=DTYPES[run.precision])
-    peak = 2 * size ** 3 / milliseconds(lambda: a @ a, 11, 3) / 1e9             # TFLOP/s
-    rate, steps = counter.get_total_flops() / loop / 1e9, 600 * (8855 // B)     # [A]: 600 epochs; CUB has 8,855 training pictures
-    memory = torch.cuda.max_memory_allocated(device) if cuda else math.nan      # Windows does not tell
-    if not cuda and sys.platform != "win32":
-        import resource
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{torch.cuda.get_device_name(device) if cuda else f'CPU, {torch.get_num_threads()} threads'}; ngf {settings['ngf']}, ndf {settings['ndf']}, "
-          f"batch {B}, {run.precision}, {settings['variant']}, recipe {settings['recipe']}; torch {torch.__version__}")
-    for what, value in (
-            ("plain fp32 step", f"{plain:.1f} ms"), ("bare step", f"{bare:.1f} ms"), ("whole loop, data included", f"{loop:.1f} ms"),
-            ("faster than plain", f"{plain / loop:.2f} x"), ("pictures a second", f"{1000 * B / loop:,.0f}"),
-            ("operations a step", f"{counter.get_total_flops() / 1e9:.1f} GFLOP"), ("rate", f"{rate:.3f} TFLOP/s"),
-            (f"of a {size}^3 matrix product", f"{100 * rate / peak:.1f} % of {peak:.2f} TFLOP/s"), ("peak memory", f"{memory / 1e6:,.0f} MB"),
-            ("preparation", f"{preparation:.1f} s"), ("the paper's CUB schedule", f"{steps:,} steps, {steps * loop / 3.6e6:.2f} hours")):
-        print(f"  {what:30} {value}")
+# ---- Main: a new or a resumed run, G and D, S, what to do next -------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, positive, width = parser.add_argument, data.number(1, 10_000_000), data.number(1, 1024)
-    encoder.add_options(add)
-    add("--variant", choices=VARIANTS, default="gan-int-cls", help="which of the paper's four models (default: gan-int-cls)")
-    add("--recipe", choices=RECIPES, help="paper: section 5; quick: with what makes few steps enough; toy: quick with a smoother D that sees sharpened pictures, and more of eq. 6 (default: toy for toy, else quick)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, help="length of training (paper: 600, the default but for toy)")
-    length.add_argument("--steps", type=positive, help="length of training, in steps (default for toy: 6000)")
-    add("--batch-size", type=positive, help="of recipe paper: 64; quick: 32")
-    add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; without: 32)")
-    add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="bits of the convolutions (default: what the device is good at)")
-    add("--out", type=Path, metavar="DIR", help="where the run is kept (default, and always with --compare: runs/DATASET-VARIANT)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--compare", type=positive, nargs="?", const=1, metavar="SEEDS", help="train the four models and measure them, with so many seeds")
-    either("--measure", action="store_true", help="measure the run of --variant, which is trained first where it is not there")
-    either("--export", metavar="NAME", help="write what sampling needs of the run to weights/NAME.pt")
-    add("--no-compile", action="store_true", help="on CUDA: do not compile and record the step")
-    either("--benchmark", action="store_true", help="time the step on random data; writes nothing")
-    args = parser.parse_args()
-    args.recipe = args.recipe or ("toy" if args.dataset == "toy" else "quick")
+    args = parse_args()
     if args.benchmark:
         return benchmark(args)
-    if args.compare or args.measure:
-        return compare(args)
     if args.export:
-        return export(args, (args.out or run_folder(args, args.variant, args.seed)) / "checkpoint.pt")
-    run_one(args, args.variant, args.seed, args.out, args.resume)
+        return export(args)
+    variants = VARIANTS if args.variant == "all" else [args.variant or "gan-int-cls"]
+    for variant in variants:
+        train_variant(args, variant)
 
-def run_folder(args, variant, seed):
-    return Path("runs") / (f"{data.short_name(args.dataset)}-{variant}" + (f"-{seed}" if seed else ""))
 
-def run_one(args, variant, seed, out_dir=None, resume=False):
-    """One whole run, or the rest of one: text encoder, G and D, S. Returns (data set, batches, run)."""
-    out_dir = out_dir or run_folder(args, variant, seed)
-    path, device, measuring = out_dir / "checkpoint.pt", args.device, args.compare or args.measure
-    if path.exists() and not resume:
-        raise UserError(f"{path} is there already: add --resume to go on with it, or name another --out")
-    if resume and not path.exists():
-        raise UserError(f"nothing to resume: there is no {path}")
-    checkpoint = load_checkpoint(path, "gan-cls") if resume else None
-    if resume:
-        with fitting(path):             # before anything is made of it
-            settings, trained = checkpoint["settings"], checkpoint["encoder"]
-            for key, allowed in (("variant", VARIANTS), ("recipe", RECIPES), ("precision", ("auto", *DTYPES)), ("seed", range(2 ** 31 + 1)),
-                                 ("batch_size", range(1, 10 ** 7)), ("steps", range(1, 10 ** 7 + 1))):
-                if settings[key] not in allowed:
-                    raise ValueError(key)
-            load_into(lambda: Generator(settings["ngf"]), checkpoint["G"]), load_into(lambda: Discriminator(settings["ndf"]), checkpoint["D"])
-            settings["dataset"] = str(settings["dataset"])
-        if args.epochs and not measuring:
-            raise UserError("with --resume, say in --steps how far to go")
-        for key, asked in dict(dataset=args.dataset, variant=variant, recipe=args.recipe).items():
-            if measuring and settings[key] != asked:        # it would be measured as what it is not
-                raise UserError(f"{path} is of {key} {settings[key]}, not {asked}: say --{key} {settings[key]}, or name another --out")
-        settings["steps"], settings["precision"] = args.steps or settings["steps"], args.precision if args.precision != "auto" else settings["precision"]
-    ds = data.load(settings["dataset"] if resume else args.dataset, args.source)
-    if not resume:
-        settings = choose_settings(args, variant, seed, len(ds.split(False)), device)
-        shared = Path("runs") / f"{data.short_name(args.dataset)}-encoder.pt"  # for all runs on a data set; with --out nothing is written elsewhere
-        trained = get_encoder(ds, shared if shared.exists() or not args.out else out_dir / "encoder.pt", device, image_features=args.image_features,
-                              image_side="features" if args.image_features else args.image_encoder)
-    phi, _ = encoder.build(trained, device)
-    run = Trainer(settings, device, trained)
-    batches = Batches(ds, phi, device, run.recipe["captions"])
-    if checkpoint:
-        with fitting(path):
-            run.restore(checkpoint)
-    if device.type == "cuda" and not args.no_compile and run.step < settings["steps"]:
-        run.compile()
-    print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: {len(batches.order):,} pictures, "
-          f"{settings['steps']:,} steps, {run.precision} on {device}; ngf {settings['ngf']}, ndf {settings['ndf']}")
-    texts = [ds.captions[i][0] for i in sample_pictures(ds)]
-    h, z = embed(phi, texts), torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(device)
+def train_variant(args, variant):
+    # 1. A new run, or one that was stopped.
+    folder = args.out or run_folder(args, variant)
+    path = folder / "checkpoint.pt"
+    if args.resume or (args.variant == "all" and path.exists()):
+        run, ds = resumed_run(args, variant, path)
+    else:
+        run, ds = new_run(args, variant, path)
+    s = run.settings
+    phi, _ = encoder.build(run.encoder, run.device)
+    table = encoder.caption_table(ds, phi, s["precision"])
+    batches = Batches(ds, table, run.device, run.recipe["captions"])
+    print(f"{s['dataset']}, {s['variant']}, recipe {s['recipe']}: {len(batches):,} images, "
+          f"{s['steps']:,} steps, {s['precision']} on {run.device}; ngf {s['ngf']}, ndf {s['ndf']}")
+
+    # 2. G and D. In the grids of samples all texts have the same noises.
+    texts = [ds.captions[i][0] for i in data.example_images(ds)]
+    h = encoder.embed(phi, texts, s["precision"])
+    z = torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(run.device)
 
     @torch.no_grad()
-    def show(G):                        # the same noises for all texts
-        return sheet([to_pixels(G(z, t.expand(len(z), -1))) for t in h], texts)
-    if run.step < settings["steps"]:
-        if not train(run, batches, out_dir, show):
-            print(f"stopped at step {run.step} and saved; go on with:  python train.py --out {out_dir} --resume")
+    def sample_grid(G):
+        rows = [data.to_pixels(G(z, text.expand(len(z), -1))) for text in h]
+        return data.image_grid(rows, texts)
+
+    if run.step < s["steps"]:
+        if use_compile(args, run):
+            compile_networks(run, batches)
+        if not train(run, batches, folder, sample_grid):
+            print(f"stopped at step {run.step} and saved; go on with:  "
+                  f"python train.py --out {shlex.quote(str(folder))} --resume")
             sys.exit(130)
-        run.S = None                    # of a G that is no more
+        run.S = None                            # S belonged to the old G: retrain it
+
+    # 3. S, from random numbers of its own: a run that goes on later is not changed by it.
     if run.S is None:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):   # a run that goes on later must not notice
-            run.S = train_style_encoder(run, batches, STYLE_STEPS)
+        with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+            run.S = train_style_encoder(run, batches)
         run.save(path)
-    print(f"done: {path}\nnow try: python sample.py --weights {path} {json.dumps(texts[0])}")
-    return ds, batches, run
 
-def choose_settings(args, variant, seed, pictures, device):
-    ngf = args.ngf or (128 if device.type == "cuda" else 32)
-    if device.type != "cuda" and not args.ngf:
-        print("no CUDA device: training at a quarter of the width, ngf 32 (--ngf and --ndf choose)")
-    batch_size = min(args.batch_size or RECIPES[args.recipe]["batch_size"], pictures)
+    # 4. What to do next.
+    print(f"done: {path}\nnow try: python sample.py --weights {shlex.quote(str(path))} "
+          f"{shlex.quote(texts[0])}")
+
+
+def use_compile(args, run):
+    """Compile? As asked; else on CUDA, where enough steps are left to repay the minutes."""
+    if args.compile is not None:
+        return args.compile
+    return run.device.type == "cuda" and run.settings["steps"] - run.step >= 5000
+
+
+def run_folder(args, variant):
+    seed = f"-{args.seed}" if args.seed else ""
+    return Path("runs") / f"{data.short_name(args.dataset or 'toy')}-{variant}{seed}"
+
+
+def dataset_name(args):
+    """--dataset, None where it was not given. A folder's whole path: a run that goes on may be
+    started from another place."""
+    if args.dataset and args.dataset not in data.DATASETS:
+        return str(Path(args.dataset).resolve())
+    return args.dataset
+
+
+def new_run(args, variant, path):
+    """(run, data set) from the command line."""
+    if path.exists():
+        raise UserError(f"{path} is there already: add --resume to go on with it, or name "
+                        "another --out")
+    device = args.device
+    ds = data.load(dataset_name(args) or "toy", args.source)
+    settings = choose_settings(args, variant, ds, device)
+    # One text encoder serves all runs on a data set; with --out nothing is written elsewhere.
+    shared = Path("runs") / f"{data.short_name(ds.name)}-encoder.pt"
+    own = args.out / "encoder.pt" if args.out and not shared.exists() else None
+    phi = encoder.get_encoder(
+        ds, device, settings["precision"], image_side=args.image_encoder,
+        image_features=args.image_features, path=own)
+    return Run(settings, device, phi), ds
+
+
+def choose_settings(args, variant, ds, device):
+    """A run's settings, a dict of plain values."""
+    recipe = args.recipe or ("toy" if ds.name == "toy" else "quick")
+    n = len(ds.training_images())
+    batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], n)
     if batch_size < 4:
-        raise UserError(f"a batch of {batch_size} is too small: expected 4 training pictures or more")
-    steps = args.steps or (TOY_STEPS if args.dataset == "toy" and not args.epochs else (args.epochs or 600) * (pictures // batch_size))
-    return dict(dataset=args.dataset, variant=variant, recipe=args.recipe, batch_size=batch_size, steps=steps, seed=seed,
-                precision=args.precision, ngf=ngf, ndf=args.ndf or max(1, ngf // 2))
+        raise UserError(f"a batch of {batch_size} is too small: expected 4 training images or more")
 
-def sample_pictures(ds, n=6):
-    """n pictures of unseen classes (of any, where all are seen), one a class, always the same ones."""
-    rng = np.random.default_rng(0)
-    classes = np.flatnonzero(ds.unseen) if ds.unseen.any() else np.arange(len(ds.class_names))
-    return [rng.choice(np.flatnonzero(ds.labels == c)) for c in rng.permutation(classes)[:n]]
+    steps = args.steps
+    if not steps and ds.name == "toy" and not args.epochs:
+        steps = TOY_STEPS
+    if not steps:
+        steps = (args.epochs or 600) * (n // batch_size)        # [A] section 5: 600 epochs
+
+    ngf = args.ngf
+    if not ngf and device.type == "cuda":
+        ngf = 128                               # the authors' width
+    if not ngf:
+        ngf = 32
+        print("no CUDA device: a quarter of the authors' width, ngf 32 (--ngf and --ndf choose)")
+    return dict(
+        dataset=ds.name, digest=ds.digest(), variant=variant, recipe=recipe,
+        batch_size=batch_size, steps=steps, seed=args.seed or 0, ngf=ngf,
+        ndf=args.ndf or max(1, ngf // 2),       # the authors': 128 and 64. A D as wide as G wins
+        precision=data.pick_precision(device, args.precision or "auto"))
+
+
+def resumed_run(args, variant, path):
+    """(run, data set) from a checkpoint. What the command line says must agree with it."""
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}")
+    checkpoint = data.load_checkpoint(path, "gan-cls")
+    with data.fits(path):
+        settings = checkpoint["settings"]
+        check_agreement(args, variant, settings, path)
+        ds = data.load(dataset_name(args) or settings["dataset"], args.source)
+        if ds.digest() != settings["digest"]:
+            raise UserError(
+                f"{path} was trained on {settings['dataset']} as it was then; {ds.name} has other "
+                "captions or another split: name the same data, or another --out for a new run")
+        settings["dataset"] = ds.name           # the same data may have moved
+        settings["steps"] = args.steps or settings["steps"]
+        if args.precision not in (None, "auto"):
+            settings["precision"] = args.precision
+        run = Run(settings, args.device, checkpoint["encoder"])
+        run.restore(checkpoint)
+    return run, ds
+
+
+def check_agreement(args, variant, settings, path):
+    """Raise UserError where an option was given that is not the run's."""
+    if args.epochs:
+        raise UserError("with --resume, say in --steps how far to go")
+    asked = dict(recipe=args.recipe, batch_size=args.batch_size, seed=args.seed, ngf=args.ngf,
+                 ndf=args.ndf, variant=variant if args.variant else None)
+    for key, value in asked.items():
+        if value is not None and value != settings[key]:
+            option = "--" + key.replace("_", "-")
+            raise UserError(f"{path} was begun with {option} {settings[key]}, not {value}: leave "
+                            f"{option} out to go on with it, or name another --out")
+
+
+def export(args):
+    """What sampling needs of a finished run, in half precision, to weights/NAME.pt."""
+    if Path(args.export).name != args.export:
+        raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
+    path = (args.out or run_folder(args, args.variant or "gan-int-cls")) / "checkpoint.pt"
+    checkpoint = data.load_checkpoint(path, "gan-cls")
+    with data.fits(path):
+        if not checkpoint["S"]:
+            raise UserError(f"{path} is not finished: let it go on with --resume")
+        phi = {key: half(checkpoint["encoder"][key]) for key in ("phi", "v")}
+        content = dict(
+            settings=checkpoint["settings"], step=checkpoint["step"],
+            average=half(checkpoint["average"]), S=half(checkpoint["S"]),
+            encoder=dict(kind="encoder", settings=checkpoint["encoder"]["settings"], **phi))
+    out = encoder.WEIGHTS / f"{args.export}.pt"
+    data.save_checkpoint(out, kind="gan-cls", **content)
+    print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def half(state):
+    """A state_dict in half precision."""
+    return {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+
+
+# ---- How fast it is --------------------------------------------------------------------------
+
+def benchmark(args):
+    """Time the step on random data, in fp32 and in the precision that `auto` takes. Prints."""
+    device = args.device
+    n = 2048
+    ds = data.Dataset(
+        "random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8),
+        [["a bird"]] * n, np.arange(n) % 64, [str(i) for i in range(64)],
+        np.zeros(64, bool), np.arange(n))
+    settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
+    batches = Batches(ds, torch.randn(n, 1024).half().to(device), device)
+    positions = torch.arange(settings["batch_size"], device=device)
+    batch = batches.batch(positions)
+
+    def step(run, extras):
+        options = dict(view=run.view, extra_G_loss=run.extra_G_loss) if extras else {}
+        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch,
+                     **VARIANTS[settings["variant"]], amp=run.amp, scaler=run.scaler, **options)
+
+    def loop(run):
+        x, h, h_wrong = batches.batch(positions)
+        step(run, extras=True)
+        run.step += 1
+        if run.recipe["r1"] and run.step % 4 == 0:
+            run.smooth_D(x, h, 4 * run.recipe["r1"])
+        update_ema(run.G_ema, run.G, 0.998)
+
+    plain = Run(dict(settings, precision="fp32"), device, layout=torch.contiguous_format)
+    ours = Run(settings, device)
+    if args.compile:
+        compile_networks(ours, batches)
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
+          f"{settings['batch_size']}, {settings['variant']}, recipe {settings['recipe']}")
+    for precision in dict.fromkeys(("fp32", settings["precision"])):
+        rate = matrix_product_rate(device, data.DTYPES[precision])
+        print(f"  a matrix product, {precision:5}                   {rate:.2f} TFLOP/s")
+    t_plain = milliseconds(lambda: step(plain, extras=False), device)
+    t_ours = milliseconds(lambda: step(ours, extras=False), device)
+    t_extras = milliseconds(lambda: step(ours, extras=True), device)
+    t_loop = milliseconds(lambda: loop(ours), device)
+    print(f"  Algorithm 1, fp32, default layout         {t_plain:.1f} ms")
+    print(f"  Algorithm 1, {settings['precision']}, channels last"
+          f"           {t_ours:.1f} ms: {t_plain / t_ours:.2f} times as fast")
+    print(f"  with what the recipe adds to it           {t_extras:.1f} ms")
+    print(f"  the whole loop: data, R1, EMA             {t_loop:.1f} ms: "
+          f"{1000 * settings['batch_size'] / t_loop:,.0f} images a second")
+
+
+def milliseconds(f, device, warm_up=5, repeats=15):
+    """The median time of a call."""
+    times = []
+    for i in range(warm_up + repeats):
+        start = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[warm_up:]))
+
+
+def matrix_product_rate(device, dtype):
+    """TFLOP/s of a large square product: what this machine reaches at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size ** 3 / milliseconds(lambda: a @ a, device, 3, 9) / 1e9
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    count = data.int_between(1, 10_000_000)
+    width = data.int_between(1, 1024)
+    encoder.add_options(add)
+    parser.set_defaults(dataset=None, seed=None, precision=None)    # None: not given
+    add("--variant", choices=[*VARIANTS, "all"],
+        help="which of the paper's four models (default: gan-int-cls)")
+    add("--recipe", choices=RECIPES,
+        help="paper: section 5; quick: with what makes few steps enough; toy: quick for drawn birds"
+             " (default: toy for toy, else quick)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=count, help="length of training (paper: 600, the default)")
+    length.add_argument("--steps", type=count, help=f"length in steps (toy: {TOY_STEPS})")
+    add("--batch-size", type=count, help="default: of recipe paper 64, of the others 32")
+    add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
+    add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
+    add("--out", type=Path, metavar="DIR", help="where the run is kept (runs/DATASET-VARIANT)")
+    add("--resume", action="store_true", help="go on with the run that is there")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the networks (default: on CUDA, for 5,000 steps or more)")
+    add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
+    add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
+    args = parser.parse_args()
+    if args.variant == "all" and args.out:
+        parser.error("--variant all keeps each run in its own folder: leave --out out")
+    return args
+
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run_script(main)
