@@ -4,7 +4,7 @@
 Descriptions, CVPR 2016. [A] tells it in short in section 3.2; the equation numbers here are [A]'s.
 phi(t) is a char-CNN-RNN over the letters of a caption t. The image side, v(x), is a small
 convolutional network or 1024 features that are given. Both are trained so that the score
-v(x) . phi(t) is large where t describes x.
+v(x) . phi(t) is large where t describes x. ([A] writes v for the image; v(x) is its second phi.)
 
     python encoder.py --dataset toy                             # train, then measure
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
@@ -17,7 +17,8 @@ To put another text encoder in phi's place, change three functions; nothing else
                         many directions, not in three: see `whiten`. 1024 is gan_cls.TEXT_DIM.
     build(checkpoint)   (phi, v) from a dict of tensors and plain values. phi is an nn.Module;
                         v may be None: it only trains phi and measures it.
-    train_encoder(ds)   such a dict.
+    train_encoder(ds)   such a dict: kind="encoder", phi, v, and settings with dataset, digest,
+                        image_side, and whatever build needs.
 
 `check_text` and `check_captions` say what this one cannot read.
 """
@@ -114,7 +115,8 @@ def captions_of(ds, images):
 class CharCNNRNN(nn.Module):
     """phi: letters (N, 201) uint8 -> (N, 1024). [B] section 4, in the size of the GAN paper's code.
 
-    Convolutions see words, the recurrent network their order, the mean over time the caption.
+    Convolutions detect groups of letters, the GRU reads them in order, and the mean of its states
+    stands for the caption.
     cnn_dim: width of the last convolution and of the GRU.
 
     Not quite the authors' GRU: theirs applies the reset gate before the product with the state,
@@ -186,10 +188,11 @@ def joint_embedding_loss(image_emb, text_emb):
     """[A] eq. 2, made convex. (N, 1024) each -> scalar, float32.
 
     Row i of both comes from one pair (image, caption), and every row from another class.
-    Eq. 2 counts the mistakes of the two classifiers of eq. 3 and 4; a count has no gradient. In
-    its place stands a hinge: the right partner should score by 1 more than every other one of the
-    minibatch. [B]'s script divides by N^2 where we take the mean over the N(N - 1) pairs.
     """
+    # Eq. 2:  1/N sum_n  Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),  Delta the 0-1 loss
+    # It counts the mistakes of the classifiers of eq. 3 and 4, and a count has no gradient. In its
+    # place stands a hinge: the right partner should score by 1 more than every other one of the
+    # minibatch. [B]'s script divides by N^2 where we take the mean over the N(N - 1) pairs.
     s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)
     right = s.diagonal()
     others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
@@ -205,8 +208,8 @@ def joint_embedding_loss(image_emb, text_emb):
 def rank_classes(emb, means):
     """Embeddings (N, 1024) and the classes' means (C, 1024) -> (N, C) classes, the best first.
 
-    [A] eq. 3 takes images' embeddings and the mean caption of each class, eq. 4 captions'
-    embeddings and the mean image of each class.
+    [A] eq. 3 takes images' embeddings and the mean caption of each class; it is what we measure.
+    Eq. 4 is the same with captions' embeddings and the mean image of each class.
     """
     # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]  =  argmax_y  v . (mean phi of class y)
     # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
@@ -300,16 +303,16 @@ def frozen_features(ds, path, device="cpu"):
 STEPS = 600         # minibatches; enough for the toy birds, at 0.1 to 0.3 s each on two cores
 CLASSES = 40        # in a minibatch: one image of each, and one of its captions
 RATE = 7e-4         # RMSprop's learning rate
-HOLD = 0.5          # share of the steps with that rate; then it falls in a straight line to ...
-LAST_RATE = 0.05    # ... this share of it. CUB, a trial: top-1 36 % before the fall, 45 % after it
+HOLD = 0.5          # share of the steps with that rate; then it falls in a straight line
+LAST_RATE = 0.05    # the last rate, as a share of it. CUB: top-1 36 % before the fall, 45 % after
 ALPHA = 0.95        # RMSprop's memory of squared gradients: some 20 steps
 CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then very large
 EMA = 0.999         # phi and v are the moving average of their weights: CUB, 3,000 steps, rate not
                     # yet fallen: top-1 40 % in place of 38 %
-DROP = 0.3          # share of an image's given features that are hidden in a step (dropout), and
-MIX = 0.7           # ... the most that they are blended with those of another image of the class.
-                    # CUB, 6,000 steps: 46 % with and without, but less is learned by heart (the
-                    # loss is 0.29, without it 0.20)
+DROP = 0.3          # dropout of an image's given features
+MIX = 0.7           # they are blended with those of another image of the class, at most so much.
+                    # CUB, 6,000 steps: 46 % with and without both, but less is memorised (the loss
+                    # is 0.29, without them 0.20): room for more steps
 
 
 def learning_rate(step, steps, hold=HOLD):
@@ -416,7 +419,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
         update_ema(ema, nets, min(EMA, step / (step + 10)))     # a short memory in the beginning
 
         total_loss += loss.detach()
-        if step % 100 == 0 or step == steps:                    # only here is the device waited for
+        if step % 100 == 0 or step == steps:
             mean_loss = float(total_loss) / (step - logged)
             if not math.isfinite(mean_loss):
                 raise UserError(f"the text encoder's loss is no longer finite at step {step}: try "
@@ -435,9 +438,9 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
 
 # ---- After training: a better basis ----------------------------------------------------------
 
-# departs from the paper: the loss asks for scores alone and leaves phi(t) with numbers of some
-# 0.02, half of whose variance is in three directions. Beside z, which is N(0, 1), G would not react
-# to such an h for a thousand steps, and never learn the colour of a crown.
+# departs from the paper: eq. 2 depends on the scores alone, so the basis of phi(t) is free. After
+# training its numbers are about 0.02, and three directions hold half of their variance. G, whose
+# noise z is N(0, 1), ignored such an h for a thousand steps, and never learned a crown's colour.
 
 def whitening_matrix(h, floor=0.005):
     """h (n, 1024) -> M (1024, 1024), symmetric, float64. h M has about the same variance in every

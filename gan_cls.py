@@ -40,9 +40,10 @@ def deconv(c_in, c_out):
 
 
 def init_weights(net):
-    """Initialise a network in place, as the authors' code does.
+    """Initialise a network in place.
 
-    Convolutions and linear layers N(0, 0.02), batch-norm scales N(1, 0.02), biases 0.
+    Convolutions N(0, 0.02), batch-norm scales N(1, 0.02), biases 0, as in the authors' code.
+    Linear layers like convolutions; the authors' text layers keep their library's default.
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
@@ -87,14 +88,15 @@ class Generator(nn.Module):
             # The first deconvolution, from 1x1 to 4x4, is one matrix product.
             nn.Linear(z_dim + text_small, 8 * ngf * MAP * MAP, bias=False),
             nn.Unflatten(1, (8 * ngf, MAP, MAP)),
-            nn.BatchNorm2d(8 * ngf),
+            nn.BatchNorm2d(8 * ngf),                # no ReLU before a Residual, which ends with one
             Residual(8 * ngf, 2 * ngf, relu),                               # (B, 8*ngf,  4,  4)
             deconv(8 * ngf, 4 * ngf), nn.BatchNorm2d(4 * ngf),
             Residual(4 * ngf, ngf, relu),                                   # (B, 4*ngf,  8,  8)
             deconv(4 * ngf, 2 * ngf), nn.BatchNorm2d(2 * ngf), relu,        # (B, 2*ngf, 16, 16)
             deconv(2 * ngf, ngf), nn.BatchNorm2d(ngf), relu,                # (B,   ngf, 32, 32)
             # For 128x128 add a line here: deconv(ngf, ngf), nn.BatchNorm2d(ngf), relu,
-            # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py.
+            # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py
+            # (not for the toy birds, which are drawn for 76). Trained networks no longer fit.
             deconv(ngf, 3), nn.Tanh())                                      # (B,     3, 64, 64)
         init_weights(self)
 
@@ -143,9 +145,9 @@ class Discriminator(nn.Module):
 
     def score(self, f, h):
         """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s."""
-        t = self.text(h)                                            # (B, 128)
-        t = t[:, :, None, None].expand(-1, -1, MAP, MAP)            # the text at all 16 places
-        return self.joint(torch.cat([f, t.to(f.dtype)], 1)).flatten()
+        text = self.text(h)                                         # (B, 128)
+        text = text[:, :, None, None].expand(-1, -1, MAP, MAP)      # the same at all 16 places
+        return self.joint(torch.cat([f, text.to(f.dtype)], 1)).flatten()
 
     def forward(self, x, h):
         """x (B, 3, 64, 64), h (B, 1024) -> logits (B,)."""
@@ -153,7 +155,8 @@ class Discriminator(nn.Module):
 
 
 # ---- 4 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) ---------------------
-# D returns logits l with s = sigmoid(l). The logarithms are then softplus, which never overflows:
+# D returns logits l; the paper's s is sigmoid(l). In the code s_real, s_wrong and s_fake are the
+# logits. Their logarithms are a softplus, which never overflows:
 #     log s = -softplus(-l)        log(1 - s) = -softplus(l)
 # The logits are turned to 32 bits first: a mean in 16 bits would lose the small ones.
 
@@ -177,7 +180,7 @@ def discriminator_loss(s_real, s_wrong, s_fake):
         return -(log_s(s_real).mean() + log_one_minus_s(s_fake).mean())
 
     # Alg. 1, line 10:  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
-    # Half weight each, so that "no" weighs as much as "yes".
+    # The two kinds of wrong pairs together weigh as much as the right pairs.
     no = (log_one_minus_s(s_wrong).mean() + log_one_minus_s(s_fake).mean()) / 2
     return -(log_s(s_real).mean() + no)
 
@@ -203,7 +206,7 @@ def interpolate(h1, h2, beta=0.5):
 # ---- Algorithm 1: one training step ----------------------------------------------------------
 
 def update(optimizer, loss, scaler):
-    """One step of an optimizer down a loss. `scaler` does nothing but in fp16."""
+    """One step of an optimizer down a loss. `scaler` does nothing except in fp16."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -229,7 +232,8 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     # of eq. 5, each of two captions of the batch.
     texts = h                                               # (B, 1024)
     if int_:
-        blends = interpolate(h[:B // 2], h[B // 2:2 * (B // 2)])
+        half = B // 2
+        blends = interpolate(h[:half], h[half:2 * half])
         texts = torch.cat([h, blends])                      # (B + B/2, 1024)
     z = torch.randn(len(texts), Z_DIM, device=x.device)     # line 5:  z ~ N(0, I)
     with amp:
@@ -247,10 +251,12 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     # (2) G: maximise  log D(x_fake, h), and eq. 5's  log D(G(z, blend), blend)
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
-        s = D(view(x_fake), texts)                          # s_f again, by the D of line 11
-    loss_G = generator_loss(s[:B])                          # line 12
+        s_G = D(view(x_fake), texts)                        # s_f again, by the D of line 11
+    loss_G = generator_loss(s_G[:B])                        # line 12
     if int_:
-        loss_G = loss_G + generator_loss(s[B:])             # eq. 5, -log D as in line 12
+        # Eq. 5, -log D as in line 12. A mean of its own, so that blends weigh a half; in the
+        # authors' code one mean is over captions and blends, and they weigh a third.
+        loss_G = loss_G + generator_loss(s_G[B:])
     extra = extra_G_loss(z, texts, x_fake) if extra_G_loss else 0
     update(opt_G, loss_G + extra, scaler)                   # line 13
     D.requires_grad_(True)
@@ -292,7 +298,7 @@ def augment(x, shift=8):
     """Differentiable augmentation (Zhao et al., NeurIPS 2020) of all that D sees, real or fake.
 
     Each image of (B, 3, 64, 64) gets its own brightness, contrast and shift: up to `shift` pixels,
-    the border repeated. D can then not memorise the training images, and G still gets gradients.
+    the border repeated. So D memorises the training images less, and G still gets gradients.
     """
     B, _, _, W = x.shape
     r = torch.rand(4, B, 1, 1, device=x.device, dtype=torch.float32)
@@ -301,9 +307,10 @@ def augment(x, shift=8):
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * (0.8 + 0.4 * r[1, :, None]) + mean     # contrast: 0.8 .. 1.2
 
-    pixels = ((2 * shift + 1) * r[2:, :, 0, 0]).long() - shift      # (2, B): down, right
+    down_right = ((2 * shift + 1) * r[2:, :, 0, 0]).long() - shift      # (2, B), whole pixels
     move = torch.eye(2, 3, device=x.device, dtype=x.dtype).repeat(B, 1, 1)
-    move[:, :, 2] = pixels.flip(0).T * 2 / W                # x first; the image is 2 wide
+    # affine_grid takes x before y, in units in which the image goes from -1 to 1.
+    move[:, :, 2] = down_right.flip(0).T * 2 / W
     grid = F.affine_grid(move, x.shape, align_corners=False)
     return F.grid_sample(x, grid, "nearest", padding_mode="border", align_corners=False)
 
@@ -311,15 +318,18 @@ def augment(x, shift=8):
 def sharpen(x, gain):
     """Images (N, 3, 64, 64) plus `gain` times their fine detail: what a 3x3 mean takes away.
 
-    An image holds so little energy there that D learns last to look at it. Meanwhile G's
-    deconvolutions, whose weights take turns from pixel to pixel, leave checkerboard artefacts.
+    A deconvolution computes neighbouring pixels with different weights, so G easily leaves
+    checkerboard artefacts. They are faint, and D notices them late; amplified, early.
     """
     count = sum_3x3(torch.ones_like(x[:1, :1]))             # 9 pixels, fewer at the border
     return x + gain * (x - sum_3x3(x) / count)
 
 
 def sum_3x3(x):
-    """The sum of the 3x3 pixels around each one of (N, C, H, W); outside the image they are 0."""
+    """The sum of the 3x3 pixels around each one of (N, C, H, W); outside the image they are 0.
+
+    Six additions of whole images: on a CPU half the time of avg_pool2d.
+    """
     rows = F.pad(x, (0, 0, 1, 0))[:, :, :-1] + x + F.pad(x, (0, 0, 0, 1))[:, :, 1:]
     return F.pad(rows, (1, 0))[..., :-1] + rows + F.pad(rows, (0, 1))[..., 1:]
 

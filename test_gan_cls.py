@@ -55,6 +55,7 @@ HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared" / "data"        # the real data sets, where they are
 torch.set_num_threads(1)    # the networks here are tiny: more threads would wait for one another
 
+
 # ==============================================================================================
 # Shared: small images, archives, data sets and runs
 # ==============================================================================================
@@ -1449,6 +1450,7 @@ def test_a_step_on_cuda(dtype):
     for key in expected:
         assert out[key].item() == pytest.approx(expected[key].item(), rel=0.3, abs=0.1)
 
+
 # ==============================================================================================
 # The text encoder: encoder.py
 # ==============================================================================================
@@ -1553,7 +1555,7 @@ def test_embed_gives_equal_texts_equal_rows():
     assert short.dtype == torch.float32 and torch.allclose(out, short, atol=0.02)
 
 
-# ---- Eq. 3, 4, AP@50 --------------------------------------------------------------------------
+# ---- Eq. 3, 4, AP@50 -------------------------------------------------------------------------
 
 def test_eq3_and_eq4_against_loops():
     g = torch.Generator().manual_seed(0)
@@ -1597,7 +1599,7 @@ def test_unseen_classes_are_eq3s_mean_captions(here):
         assert torch.allclose(mean, slow, atol=1e-6)
 
 
-# ---- The image side, whitening ----------------------------------------------------------------
+# ---- The image side, whitening ---------------------------------------------------------------
 
 def test_image_encoder_has_features_and_head():
     torch.manual_seed(0)
@@ -1658,7 +1660,7 @@ def test_features_are_centred_and_scaled_by_the_training_images(here):
     assert torch.cosine_similarity(features[3] - features[7], difference, 0) > 0.999
 
 
-# ---- Training phi -----------------------------------------------------------------------------
+# ---- Training phi ----------------------------------------------------------------------------
 
 def test_the_rate_is_held_then_falls_in_a_straight_line():
     rates = [encoder.learning_rate(step, 100) for step in range(1, 101)]
@@ -1822,7 +1824,7 @@ def test_phi_needs_two_training_classes(here):
         quick_encoder(ds)
 
 
-# ---- What a user's text is read as, and the table of all captions -----------------------------
+# ---- What a user's text is read as, and the table of all captions ----------------------------
 
 def test_check_text():
     lines = []
@@ -1884,7 +1886,7 @@ def test_caption_table_belongs_to_weights_captions_and_precision(here):
     assert (data.CACHE / "own-other-captions-0123456789abcdef.npy").exists()
 
 
-# ---- Which encoder a run uses -----------------------------------------------------------------
+# ---- Which encoder a run uses ----------------------------------------------------------------
 
 def test_get_encoder_trains_once_and_knows_its_data(here, short_training):
     ds = small_data(here)
@@ -3069,7 +3071,6 @@ def test_autocast_and_scaler():
 # Training: train.py
 # ==============================================================================================
 
-# Training
 def test_a_run_from_start_to_image(tiny, capsys):
     assert call(train, *TINY, "--steps", 8, "--out", "run") == 0
     out = capsys.readouterr().out
@@ -3204,7 +3205,7 @@ def test_checkpoint_round_trip(tiny):
     assert equal
 
 
-# ---- The parts of a step ----------------------------------------------------------------------
+# ---- The parts of a step ---------------------------------------------------------------------
 
 def test_s_learns_what_a_frozen_g_generates(monkeypatch):
     """Eq. 6: only S moves. Its images are augmented, or it would read patterns of G alone."""
@@ -3244,8 +3245,11 @@ def test_learning_rates(recipe, steps, expected):
 @pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 0.4), ("paper", None)])
 def test_the_gradient_penalty_comes_at_every_fourth_step(tiny, monkeypatch, recipe, weight):
     seen = []
-    monkeypatch.setattr(
-        train.Run, "smooth_D", lambda run, x, h, weight: seen.append((run.step, weight, len(x))))
+
+    def watched(run, x, h, weight):
+        seen.append((run.step, weight, len(x)))
+
+    monkeypatch.setattr(train.Run, "gradient_penalty_step", watched)
     assert call(train, *TINY, "--recipe", recipe, "--steps", 9, "--out", "run") == 0
     assert seen == ([(4, weight, 8), (8, weight, 8)] if weight else [])
 
@@ -3261,7 +3265,7 @@ def test_the_gradient_penalty_makes_d_flatter_and_leaves_g_alone():
         torch.random.set_rng_state(state)                          # the same augmentation each time
         slopes.append(gan_cls.r1_penalty(run.D, run.view(x), h).item())
         torch.random.set_rng_state(state)
-        run.smooth_D(x, h, 10.0)
+        run.gradient_penalty_step(x, h, 10.0)
     assert slopes[-1] < 0.5 * slopes[0] and same(before, run.G.state_dict())
 
 
@@ -3296,7 +3300,7 @@ def test_extra_loss_is_mode_seeking_and_eq_6():
     assert random_run("paper")[0].extra_G_loss(z, texts, x_fake) == 0.0
 
 
-# ---- torch.compile ----------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------
 
 class Broken(torch.autograd.Function):
     """Fails in the backward pass only, as inductor does with some chains of deconvolutions."""
@@ -3450,7 +3454,7 @@ def scorers_by_hand(ds):
         data.save_checkpoint(path, **encoder_by_hand(ds, seed))
 
 
-# ---- Generating -------------------------------------------------------------------------------
+# ---- Generating ------------------------------------------------------------------------------
 
 def test_sampling_modes(here, capsys):
     needs_exercises(2)
@@ -3548,7 +3552,7 @@ def test_many_images_are_generated_in_parts(here, monkeypatch):
     assert np.abs(whole.astype(int) - parts).max() <= 1
 
 
-# ---- Which run --------------------------------------------------------------------------------
+# ---- Which run -------------------------------------------------------------------------------
 
 def test_no_run_yet(here, monkeypatch, capsys):
     monkeypatch.setattr(encoder, "WEIGHTS", here / "none")
@@ -3591,7 +3595,7 @@ def test_a_run_without_S_says_how_to_get_it(here, capsys):
     assert "python train.py --resume --out 'my run$'" in capsys.readouterr().err
 
 
-# ---- Measuring --------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------
 
 def measured(capsys):
     """The output of sample.py --measure, and the line of JSON in it."""
@@ -3766,7 +3770,7 @@ def test_pixel_diversity_is_a_ratio_of_deviations():
     assert sample.pixel_diversity([x[:1].expand(16, -1, -1, -1) for x in real], real) == 0
 
 
-# ---- The figures ------------------------------------------------------------------------------
+# ---- The figures -----------------------------------------------------------------------------
 
 def test_frechet_distance_of_known_gaussians():
     g = torch.Generator().manual_seed(0)
@@ -3906,7 +3910,7 @@ def test_background_and_direction_kept():
 # The command line
 # ==============================================================================================
 
-# ---- What the scripts share -------------------------------------------------------------------
+# ---- What the scripts share ------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, value", [("1", 1), ("64", 64), ("007", 7)])
 def test_int_between(text, value):
@@ -4036,7 +4040,7 @@ def test_bad_sources(here, capsys):
         check_refused(capsys, data, args, message)
 
 
-# ---- encoder.py -------------------------------------------------------------------------------
+# ---- encoder.py ------------------------------------------------------------------------------
 
 def test_encoder_on_its_own(here, capsys):
     needs_exercises(3)
@@ -4106,9 +4110,8 @@ def test_bad_input_to_encoder(here, capsys):
         check_refused(capsys, encoder, [*options, *args], message)
 
 
-# ---- train.py ---------------------------------------------------------------------------------
+# ---- train.py --------------------------------------------------------------------------------
 
-# The command line
 def test_benchmark_prints_and_writes_nothing(here, capsys, monkeypatch):
     needs_exercises(1, 2, 4, 5)
     strides = []
@@ -4133,19 +4136,26 @@ def test_benchmark_prints_and_writes_nothing(here, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options, recipe, steps", [
-    ((), "toy", train.TOY_STEPS), (("--recipe", "paper"), "paper", train.TOY_STEPS),
-    (("--epochs", 2), "toy", 2 * (64 // 32))])
+    ((), "toy", 6000), (("--recipe", "paper"), "paper", 600 * (6400 // 64)),
+    (("--epochs", 2), "toy", 2 * (6400 // 32))])
 def test_recipe_and_length_follow_the_data_unless_named(monkeypatch, options, recipe, steps):
     _, batches = random_run()
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *map(str, options)])
     args = train.parse_args()
-    ds = data.Dataset("toy", batches.images.numpy(), [["a bird"]] * 64, np.arange(64) % 8,
-                      list("abcdefgh"), np.zeros(8, bool), np.arange(64))
+    ds = data.Dataset("toy", batches.images.numpy(), [["a bird"]] * 6400, np.arange(6400) % 8,
+                      list("abcdefgh"), np.zeros(8, bool), np.arange(6400))
     settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
     assert (settings["recipe"], settings["steps"]) == (recipe, steps)
     ds.name = "cub"
-    if "--recipe" not in options:
-        assert train.choose_settings(args, "gan", ds, torch.device("cpu"))["recipe"] == "quick"
+    settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
+    if not options:
+        assert (settings["recipe"], settings["steps"]) == ("quick", 25_000)
+
+    # Never more than the paper's 600 epochs: a few images need no 25,000 steps.
+    ds.labels = ds.labels[:64]
+    settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
+    if not options:
+        assert settings["steps"] == 600 * (64 // 32)
 
 
 def test_resuming_with_other_settings_names_both(tiny, capsys):
@@ -4266,7 +4276,7 @@ def test_bad_input_to_train(tiny, capsys):
         check_refused(capsys, train, args, message)
 
 
-# ---- sample.py --------------------------------------------------------------------------------
+# ---- sample.py -------------------------------------------------------------------------------
 
 def test_bad_input_to_sample(here, capsys):
     path = run_by_hand(here / "run/checkpoint.pt")
@@ -4317,7 +4327,7 @@ def test_bad_input_to_sample(here, capsys):
 # Robustness
 # ==============================================================================================
 
-# ---- Killed, stopped, gone wrong --------------------------------------------------------------
+# ---- Killed, stopped, gone wrong -------------------------------------------------------------
 
 OFTEN = ("import data, train; train.EVERY.update(log=1, sample=7, save=3); "
          "train.train_style_encoder.__defaults__ = (3, print); data.run_script(train.main)")
@@ -4438,7 +4448,7 @@ def test_a_file_that_cannot_be_written_whole_loses_nothing(here):
     assert [path.name for path in here.iterdir()] == ["x.pt"]
 
 
-# ---- Odd and broken input ---------------------------------------------------------------------
+# ---- Odd and broken input --------------------------------------------------------------------
 
 def test_odd_names_in_a_folder(here):
     """Names that are no UTF-8, or not printable, pass through all files of the cache."""

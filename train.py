@@ -12,6 +12,7 @@ A run lies in runs/DATASET-VARIANT/ (or --out): checkpoint.pt, samples/, loss.pn
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import shlex
 import signal
@@ -39,8 +40,9 @@ VARIANTS = {
 }
 
 RECIPES = {
-    # [A] section 5.
+    # [A] section 5, for its 600 epochs.
     "paper": dict(
+        steps=None,             # 600 epochs
         batch_size=64,
         lr_G=2e-4,              # halved every 100 epochs, as in the authors' code
         lr_D=2e-4,
@@ -52,27 +54,28 @@ RECIPES = {
         r1=0.0,
         ema=0.0,
         decay=False),
-    # departs from the paper: turns its 600 epochs into minutes. Figures: weights/README.md.
+    # departs from the paper: makes fewer steps enough. Figures: weights/README.md.
     "quick": dict(
+        steps=25_000,           # as cub.pt and flowers.pt; CUB's 600 epochs are 165,600 of them
         batch_size=32,          # twice the steps in the same time
-        lr_G=4e-4,              # twice D's: with 2e-4 the images of a text are less different
+        lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
-        captions=(1, 5),        # h is the mean of so many captions: a fuller text, and a single one
-        augment=True,           # what D sees is shifted, lighter, darker: D memorises less
-        sharpen=0.0,            # what D sees has more fine detail: no checkerboard artefacts
-        mode_seeking=0.05,      # G is paid for different images from different z; 0: z is ignored
-        style=0.02,             # eq. 6 for G too: z can be read off the image; styles transfer
+        captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
+        augment=True,           # D sees images shifted, lighter, darker: it memorises less
+        sharpen=0.0,            # D sees images with more fine detail: no checkerboard artefacts
+        mode_seeking=0.05,      # a term of G's loss: other z, other images; with 0 G ignored z
+        style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
-        ema=0.998,              # samples come from the mean of some 500 last steps of G's weights
+        ema=0.998,              # samples use a moving average of G over about 500 steps
         decay=True),            # both rates fall to a tenth over the last half
 }
 RECIPES["toy"] = dict(
     RECIPES["quick"],
+    steps=6000,
     sharpen=1.5,                # without it the birds have no legs and no eyes
-    style=0.1,                  # z says where a bird looks; on photographs 0.1 paints spots
-    r1=0.1)                     # D memorises 150 drawn species; on photographs 0.1 hides the text
+    style=0.1,                  # each z has its direction; on photographs 0.1 gave dark spots
+    r1=0.1)                     # without it D memorised 150 species; on photographs D ignored text
 
-TOY_STEPS = 6000
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
 
@@ -86,14 +89,17 @@ def train(run, batches, out_dir, sample_grid, log=print):
     """
     s = run.settings
     recipe = run.recipe
-    per_epoch = max(1, len(batches) // s["batch_size"])
+    B = s["batch_size"]
+    per_epoch = max(1, len(batches) // B)
     meter = Meter(run, log)
+    order = None
     last = False
     with stop_signals() as stopped:
         while not last:
             epoch, i = divmod(run.step, per_epoch)
-            positions = epoch_order(len(batches), s["seed"], epoch)[i * s["batch_size"]:]
-            x, h, h_wrong = batches.batch(positions[:s["batch_size"]].to(run.device))
+            if i == 0 or order is None:
+                order = epoch_order(len(batches), s["seed"], epoch).to(run.device)
+            x, h, h_wrong = batches.batch(order[i * B:(i + 1) * B])
 
             set_rates(run, epoch)
             out = gan_cls_step(
@@ -101,7 +107,8 @@ def train(run, batches, out_dir, sample_grid, log=print):
                 view=run.view, extra_G_loss=run.extra_G_loss, amp=run.amp, scaler=run.scaler)
             run.step += 1
             if recipe["r1"] and run.step % 4 == 0:          # seldom, but 4 times as strong
-                run.smooth_D(x, h, 4 * recipe["r1"])
+                run.gradient_penalty_step(x, h, 4 * recipe["r1"])
+            # A shorter average in the beginning, when the first weights are still random.
             update_ema(run.G_ema, run.G, min(recipe["ema"], run.step / (run.step + 10)))
             meter.add(out)
 
@@ -110,7 +117,7 @@ def train(run, batches, out_dir, sample_grid, log=print):
                 means = meter.means()
                 check_health(means, run.history, run.step)
                 run.history.append(dict(step=run.step, **means))
-                meter.log(epoch, means)
+                meter.report(epoch, means)
             if run.step % EVERY["sample"] == 0 or last:
                 data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
                 plot_history(run.history, out_dir / "loss.png")
@@ -142,7 +149,7 @@ class Meter:
 
     def __init__(self, run, log):
         self.run = run
-        self.print = log
+        self.log = log
         self.first_step = run.step
         self.start = time.time()
         self.sums = {}
@@ -160,14 +167,14 @@ class Meter:
         self.count = 0
         return means
 
-    def log(self, epoch, means):
+    def report(self, epoch, means):
         step = self.run.step
         steps = self.run.settings["steps"]
         rate = (step - self.first_step) / (time.time() - self.start)    # steps a second
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-        self.print(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
-                   f"{rate * self.run.settings['batch_size']:.0f} images/s  "
-                   f"{(steps - step) / rate / 60:.1f} min left")
+        self.log(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
+                 f"{rate * self.run.settings['batch_size']:.0f} images/s  "
+                 f"{(steps - step) / rate / 60:.1f} min left")
 
 
 def check_health(means, history, step):
@@ -237,10 +244,11 @@ class Run:
         self.Q = StyleEncoder(settings["ndf"]).to(**put) if self.recipe["style"] else None
         self.G_ema = copy.deepcopy(self.G).eval()
 
-        # [A] section 5: Adam with beta1 = 0.5. Q, which reads z off G's images, learns with G.
+        # [A] section 5: Adam with beta1 = 0.5. Q is a second style encoder that learns together
+        # with G, for the `style` term of G's loss. It is not S: that is trained on a frozen G.
         adam = dict(betas=(0.5, 0.999), fused=True)
-        with_G = [self.G, self.Q] if self.Q else [self.G]
-        self.opt_G = torch.optim.Adam([p for net in with_G for p in net.parameters()], **adam)
+        with_G = torch.nn.ModuleList([self.G, self.Q] if self.Q else [self.G])
+        self.opt_G = torch.optim.Adam(with_G.parameters(), **adam)
         self.opt_D = torch.optim.Adam(self.D.parameters(), **adam)
         self.amp = data.autocast(device, settings["precision"])
         self.scaler = data.grad_scaler(device, settings["precision"])
@@ -261,7 +269,7 @@ class Run:
         with self.amp:
             if self.recipe["mode_seeking"]:
                 n = self.settings["batch_size"] // 4            # the same texts with another z
-                z2 = torch.randn_like(z[:n])
+                z2 = torch.randn_like(z[:n])                    # (batch norm sees these n alone)
                 x2 = self.G(z2, texts[:n])
                 pairs = mode_seeking_loss(z[:n], z2, x_fake[:n], x2)
                 loss = loss + self.recipe["mode_seeking"] * pairs
@@ -271,7 +279,7 @@ class Run:
                 loss = loss + self.recipe["style"] * style_loss(z, self.Q(self.view(x_fake)))
         return loss
 
-    def smooth_D(self, x, h, weight):
+    def gradient_penalty_step(self, x, h, weight):
         """A step of D down the gradient penalty, in 32 bits."""
         with self.eager():
             update(self.opt_D, weight * r1_penalty(self.D, self.view(x), h), self.scaler)
@@ -326,7 +334,9 @@ def compile_networks(run, batches, log=print):
     (chains of ConvTranspose2d: pytorch issues 171622, 184026). A run must not end by that.
     """
     log("compiling the networks takes a minute or two (--no-compile skips it)")
-    run.eager = lambda: torch.compiler.set_stance("force_eager")    # no second derivatives
+    torch.compiler.reset()      # what an earlier run compiled counts against a limit
+    # What is compiled has no second derivative, which the gradient penalty needs.
+    run.eager = functools.partial(torch.compiler.set_stance, "force_eager")
     parts = {"G": run.G, "D.features": run.D.features, "D.text": run.D.text,
              "D.joint": run.D.joint, "Q": run.Q}
     failed = {}
@@ -379,7 +389,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
         with run.amp:
             with torch.no_grad():
                 x = run.G_ema(z, h)
-                if run.recipe["augment"]:       # else S reads patterns that no photograph has
+                if run.recipe["augment"]:       # else S reads tiny patterns that only G makes
                     x = augment(x)
             loss = style_loss(z, S(x))
         update(optimizer, loss, scaler)
@@ -438,7 +448,7 @@ def train_variant(args, variant):
             sys.exit(130)
         run.S = None                            # S belonged to the old G: retrain it
 
-    # 3. S, from random numbers of its own: a run that goes on later is not changed by it.
+    # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
     if run.S is None:
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             run.S = train_style_encoder(run, batches)
@@ -478,7 +488,7 @@ def new_run(args, variant, path):
     ds = data.load(dataset_name(args) or "toy", args.source)
     settings = choose_settings(args, variant, ds, device)
     # One text encoder serves all runs on a data set; with --out nothing is written elsewhere.
-    shared = Path("runs") / f"{data.short_name(ds.name)}-encoder.pt"
+    shared = encoder.encoder_path(ds)
     own = args.out / "encoder.pt" if args.out and not shared.exists() else None
     phi = encoder.get_encoder(
         ds, device, settings["precision"], image_side=args.image_encoder,
@@ -494,11 +504,9 @@ def choose_settings(args, variant, ds, device):
     if batch_size < 4:
         raise UserError(f"a batch of {batch_size} is too small: expected 4 training images or more")
 
-    steps = args.steps
-    if not steps and ds.name == "toy" and not args.epochs:
-        steps = TOY_STEPS
-    if not steps:
-        steps = (args.epochs or 600) * (n // batch_size)        # [A] section 5: 600 epochs
+    steps = args.steps or (args.epochs or 600) * (n // batch_size)      # [A] section 5: 600 epochs
+    if not args.steps and not args.epochs and RECIPES[recipe]["steps"]:
+        steps = min(steps, RECIPES[recipe]["steps"])
 
     ngf = args.ngf
     if not ngf and device.type == "cuda":
@@ -579,9 +587,8 @@ def benchmark(args):
     device = args.device
     n = 2048
     ds = data.Dataset(
-        "random", np.random.default_rng(0).integers(0, 256, (n, 76, 76, 3), np.uint8),
-        [["a bird"]] * n, np.arange(n) % 64, [str(i) for i in range(64)],
-        np.zeros(64, bool), np.arange(n))
+        "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
+        np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
     batches = Batches(ds, torch.randn(n, 1024).half().to(device), device)
     positions = torch.arange(settings["batch_size"], device=device)
@@ -597,8 +604,8 @@ def benchmark(args):
         step(run, extras=True)
         run.step += 1
         if run.recipe["r1"] and run.step % 4 == 0:
-            run.smooth_D(x, h, 4 * run.recipe["r1"])
-        update_ema(run.G_ema, run.G, 0.998)
+            run.gradient_penalty_step(x, h, 4 * run.recipe["r1"])
+        update_ema(run.G_ema, run.G, run.recipe["ema"])
 
     plain = Run(dict(settings, precision="fp32"), device, layout=torch.contiguous_format)
     ours = Run(settings, device)
@@ -615,7 +622,7 @@ def benchmark(args):
     t_plain = milliseconds(lambda: step(plain, extras=False), device)
     t_ours = milliseconds(lambda: step(ours, extras=False), device)
     t_extras = milliseconds(lambda: step(ours, extras=True), device)
-    t_loop = milliseconds(lambda: loop(ours), device)
+    t_loop = milliseconds(lambda: [loop(ours) for _ in range(4)], device) / 4   # R1: each fourth
     print(f"  Algorithm 1, fp32, default layout         {t_plain:.1f} ms")
     print(f"  Algorithm 1, {settings['precision']}, channels last"
           f"           {t_ours:.1f} ms: {t_plain / t_ours:.2f} times as fast")
@@ -649,15 +656,17 @@ def parse_args():
     count = data.int_between(1, 10_000_000)
     width = data.int_between(1, 1024)
     encoder.add_options(add)
-    parser.set_defaults(dataset=None, seed=None, precision=None)    # None: not given
+    # None means "not given": a resumed run then keeps its own value.
+    parser.set_defaults(dataset=None, seed=None, precision=None)
     add("--variant", choices=[*VARIANTS, "all"],
         help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES,
         help="paper: section 5; quick: with what makes few steps enough; toy: quick for drawn birds"
              " (default: toy for toy, else quick)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=count, help="length of training (paper: 600, the default)")
-    length.add_argument("--steps", type=count, help=f"length in steps (toy: {TOY_STEPS})")
+    length.add_argument("--epochs", type=count, help="length of training (paper: 600)")
+    length.add_argument("--steps", type=count,
+                        help="length in steps (toy: 6,000, quick: 25,000, paper: 600 epochs)")
     add("--batch-size", type=count, help="default: of recipe paper 64, of the others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
