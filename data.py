@@ -1099,7 +1099,7 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
         arrays["keypoints"] = stack_known([example.keypoints for example in examples], (6, 2))
     meta = dict(format=[CACHE_FORMAT, IMAGE_SIZE], paths=[str(path) for path in paths],
                 class_names=class_names, captions=[example.captions for example in examples])
-    lines = ["".join(c if c.isprintable() else "?" for c in line) + "\n" for line in skipped]
+    lines = [printable(line) + "\n" for line in skipped]
 
     CACHE.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=CACHE, prefix=".new-"))
@@ -1120,6 +1120,11 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
     for other in CACHE.iterdir():                   # of an earlier state of the same source
         if other != folder and re.fullmatch(re.escape(label) + "-[0-9a-f]{16}", other.name):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def printable(text):
+    """A text without line ends and other control characters: a blank for each."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def stack_known(values, shape):
@@ -1284,8 +1289,7 @@ def image_grid(rows, texts=None, titles=None, scale=1, width=230):
     for i, row in enumerate(rows):
         y = top + i * (h + 2)
         if texts:
-            text = "".join(c if c.isprintable() else " " for c in texts[i][:500])
-            lines = textwrap.wrap(text, 32, max_lines=max(1, h // 17), placeholder=" ...")
+            lines = textwrap.wrap(printable(texts[i][:500]), 32, max_lines=max(1, h // 17), placeholder=" ...")
             pen.multiline_text((6, y + 2), "\n".join(lines), "black", font)
         for j, pixels in enumerate(row):
             image = Image.fromarray(np.ascontiguousarray(pixels)).resize((w, h), Image.NEAREST)
