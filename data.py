@@ -1289,7 +1289,8 @@ def image_grid(rows, texts=None, titles=None, scale=1, width=230):
     for i, row in enumerate(rows):
         y = top + i * (h + 2)
         if texts:
-            lines = textwrap.wrap(printable(texts[i][:500]), 32, max_lines=max(1, h // 17), placeholder=" ...")
+            text = printable(texts[i][:500])
+            lines = textwrap.wrap(text, 32, max_lines=max(1, h // 17), placeholder=" ...")
             pen.multiline_text((6, y + 2), "\n".join(lines), "black", font)
         for j, pixels in enumerate(row):
             image = Image.fromarray(np.ascontiguousarray(pixels)).resize((w, h), Image.NEAREST)
