@@ -4226,6 +4226,17 @@ def test_export_keeps_what_sampling_needs(tiny, monkeypatch):
     size = (tiny / "weights/mine.pt").stat().st_size
     assert size < 0.5 * (tiny / "run/checkpoint.pt").stat().st_size
 
+def test_a_run_on_a_phi_without_its_image_side_can_be_exported(tiny, monkeypatch):
+    # As flowers.pt gives it to a new training.
+    monkeypatch.setattr(encoder, "WEIGHTS", tiny / "weights")
+    assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
+    content = load_run("run")
+    del content["encoder"]["v"], content["format"]
+    data.save_checkpoint(tiny / "run/checkpoint.pt", **content)
+    assert call(train, "--out", "run", "--export", "mine") == 0
+    assert call(sample, "a bird", "--weights", "mine") == 0
+
+
 
 def broken_checkpoints(folder):
     """What a file may be that is called checkpoint.pt, but was not written by this run."""

@@ -103,8 +103,7 @@ def train(run, batches, out_dir, sample_grid, log=print):
 
             set_rates(run, epoch)
             out = gan_cls_step(
-                run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **VARIANTS[s["variant"]],
-                view=run.view, extra_G_loss=run.extra_G_loss, amp=run.amp, scaler=run.scaler)
+                run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
             run.step += 1
             if recipe["r1"] and run.step % 4 == 0:          # seldom, but 4 times as strong
                 run.gradient_penalty_step(x, h, 4 * recipe["r1"])
@@ -253,6 +252,11 @@ class Run:
         self.amp = data.autocast(device, settings["precision"])
         self.scaler = data.grad_scaler(device, settings["precision"])
 
+    def step_options(self):
+        """What gan_cls_step is told of this run: its model, its precision, and what follows."""
+        return dict(VARIANTS[self.settings["variant"]], view=self.view,
+                    extra_G_loss=self.extra_G_loss, amp=self.amp, scaler=self.scaler)
+
     # What recipes "quick" and "toy" add to Algorithm 1.
 
     def view(self, x):
@@ -362,8 +366,7 @@ def rehearse(run, batches):
     try:
         x, h, h_wrong = batches.batch(torch.arange(B, device=run.device) % len(batches))
         gan_cls_step(
-            run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **VARIANTS[run.settings["variant"]],
-            view=run.view, extra_G_loss=run.extra_G_loss, amp=run.amp, scaler=run.scaler)
+            run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
     finally:
         run.D.requires_grad_(True)              # it may have failed in between
         run.load_state(state)
@@ -565,11 +568,12 @@ def export(args):
     with data.fits(path):
         if not checkpoint["S"]:
             raise UserError(f"{path} is not finished: let it go on with --resume")
-        phi = {key: half(checkpoint["encoder"][key]) for key in ("phi", "v")}
+        phi = dict(checkpoint["encoder"])
+        for key in {"phi", "v"} & phi.keys():       # a phi of weights/ may come without its v
+            phi[key] = half(phi[key])
         content = dict(
             settings=checkpoint["settings"], step=checkpoint["step"],
-            average=half(checkpoint["average"]), S=half(checkpoint["S"]),
-            encoder=dict(kind="encoder", settings=checkpoint["encoder"]["settings"], **phi))
+            average=half(checkpoint["average"]), S=half(checkpoint["S"]), encoder=phi)
     out = encoder.WEIGHTS / f"{args.export}.pt"
     data.save_checkpoint(out, kind="gan-cls", **content)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
@@ -595,9 +599,10 @@ def benchmark(args):
     batch = batches.batch(positions)
 
     def step(run, extras):
-        options = dict(view=run.view, extra_G_loss=run.extra_G_loss) if extras else {}
-        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch,
-                     **VARIANTS[settings["variant"]], amp=run.amp, scaler=run.scaler, **options)
+        options = run.step_options()
+        if not extras:
+            del options["view"], options["extra_G_loss"]
+        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch, **options)
 
     def loop(run):
         x, h, h_wrong = batches.batch(positions)
