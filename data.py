@@ -1086,6 +1086,10 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
     if not examples:
         why = f": {skipped[0]} ({len(skipped)} in all)" if skipped else ""
         raise UserError(f"{label}: found no image with a caption{why}")
+    for example in examples:                        # mistakes of a new builder
+        assert example.pixels.dtype == np.uint8, f"pixels of {example.pixels.dtype}, not uint8"
+        assert example.pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3), example.pixels.shape
+        assert example.captions and not isinstance(example.captions, str), example.captions
     class_names = sorted({example.label for example in examples})
     number_of = {name: number for number, name in enumerate(class_names)}
     arrays = {
@@ -1252,8 +1256,8 @@ class Batches:
         return (h * taken[:, :, None]).sum(0) / k[:, None]
 
     def batch(self, positions):
-        """positions (B,) in training_images -> x, h, h_wrong: images, texts that describe them,
-        and texts of a random image of another class."""
+        """What [A] Algorithm 1 draws for a step. positions (B,) in training_images -> x, h, h_wrong:
+        images, texts that describe them, and texts of a random image of another class."""
         other = draw_other_class(self.class_of[positions], len(self.class_size))
         wrong = self.class_start[other] + random_below(self.class_size[other], positions)
         x = random_crops(self.images, self.training_images[positions])
@@ -1419,7 +1423,7 @@ def load_network(make, state):
 
 
 @contextlib.contextmanager
-def fits(path):
+def checkpoint_errors(path):
     """Inside it any failure is a UserError: a checkpoint of another sort can fail anywhere."""
     try:
         yield
@@ -1445,8 +1449,10 @@ def pick_device(name="auto"):
     if name not in here:
         raise UserError(f"there is no device {name!r} here, expected one of: {', '.join(here)}")
     try:
-        device = torch.empty(0, device=name).device
-    except RuntimeError as error:       # a driver that does not fit, for instance
+        probe = torch.ones(1, device=name)
+        probe.sum().item()              # a kernel must run, not only be sent
+        device = probe.device
+    except RuntimeError as error:       # a driver or a card that does not fit, for instance
         raise UserError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -4,23 +4,23 @@
 Descriptions, CVPR 2016. [A] tells it in short in section 3.2; the equation numbers here are [A]'s.
 phi(t) is a char-CNN-RNN over the letters of a caption t. The image side, v(x), is a small
 convolutional network or 1024 features that are given. Both are trained so that the score
-v(x) . phi(t) is large where t describes x. ([A] writes v for the image; v(x) is its second phi.)
+v(x) . phi(t) is large where t describes x. ([A] writes v for the image itself and calls its
+embedding phi(v): our x and v(x).)
 
     python encoder.py --dataset toy                             # train, then measure
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 
-To put another text encoder in phi's place, change three functions; nothing else knows what phi is:
+To put another text encoder in phi's place, change these functions; nothing else knows what phi is:
 
     embed(phi, texts)   list of str -> (len(texts), 1024) float32, equal rows for equal texts. G's
                         noise z is N(0, 1), so h should be of that order too, with its variance in
                         many directions, not in three: see `whiten`. 1024 is gan_cls.TEXT_DIM.
-    build(checkpoint)   (phi, v) from a dict of tensors and plain values. phi is an nn.Module;
-                        v may be None: it only trains phi and measures it.
-    train_encoder(ds)   such a dict: kind="encoder", phi, v, and settings with dataset, digest,
-                        image_side, and whatever build needs.
-
-`check_text` and `check_captions` say what this one cannot read.
+    build(checkpoint, device)   (phi, v) from a dict of tensors and plain values. phi is an
+                        nn.Module; v may be None, then --evaluate refuses it.
+    train_encoder(ds, ...)      such a dict: kind="encoder", phi, v, and settings with dataset,
+                        digest, image_side, and whatever build needs.
+    check_text, check_captions  raise UserError for texts that it cannot read.
 """
 
 import argparse
@@ -68,48 +68,6 @@ def encode_text(texts):
     return torch.from_numpy(tokens)
 
 
-def check_text(text, log=print):
-    """Before an image is generated from a text: does phi read what the user wrote?
-
-    Raises UserError where it reads nothing; says in a line where it reads only a part.
-    """
-    shown = repr(text if len(text) <= 40 else text[:40] + "...")
-    letters = "".join(text[:MAX_LETTERS].lower().split())       # without spaces and line ends
-    if not letters:
-        raise UserError("empty text: expected a sentence, such as \"an all black bird\"")
-
-    unknown = [letter for letter in letters if letter not in ROW]
-    if len(unknown) == len(letters):
-        raise UserError(f"the text encoder knows no letter of {shown}: expected a to z, digits and "
-                        "punctuation, such as \"an all black bird\"")
-    if unknown:
-        some = " ".join(dict.fromkeys(unknown[:20]))
-        log(f"of {shown} only a part is read; not in the text encoder's alphabet: {some}")
-    if len(text) > MAX_LETTERS:
-        log(f"of {shown} only the first {MAX_LETTERS} letters of {len(text):,} are read")
-
-
-def check_captions(texts):
-    """The same for the captions to train on. Raises UserError where there is nothing to learn."""
-    tokens = encode_text(texts)
-    if not ((tokens > 0) & (tokens != ROW[" "])).any():
-        raise UserError(
-            f"none of the {len(texts):,} training captions has a letter that the text encoder "
-            f"knows (the first: {texts[0][:40]!r}): write them with a to z, digits and punctuation")
-    if (tokens == tokens[0]).all():
-        raise UserError(
-            f"all {len(texts):,} training captions are the same to the text encoder, which reads "
-            f"{MAX_LETTERS} letters ({texts[0][:40]!r}): let them say how the images differ")
-
-
-def captions_of(ds, images):
-    """The captions of these images, one list after the other."""
-    texts = []
-    for i in images:
-        texts += ds.captions[i]
-    return texts
-
-
 # ---- phi(t): the char-CNN-RNN of [B] ---------------------------------------------------------
 
 class CharCNNRNN(nn.Module):
@@ -155,33 +113,6 @@ def embed(phi, texts, precision="fp32", batch=512):
     return h[torch.tensor([unique[text] for text in texts], device=device)]
 
 
-def caption_table(ds, phi, precision="fp32", log=print):
-    """phi of all captions of a data set -> (captions of all images, 1024) half, on phi's device.
-
-    CUB's 118,000 captions take minutes. So the table is kept in the cache, under a name that
-    changes with the captions, phi's weights and the precision, and read from there next time.
-    """
-    device = next(phi.parameters()).device
-    digest = hashlib.sha256(f"{ds.digest()} {precision} {device.type}".encode())
-    for weights in phi.state_dict().values():
-        digest.update(weights.contiguous().cpu().numpy())
-    begin = f"{data.short_name(ds.name)}-captions-"
-    path = data.CACHE / f"{begin}{digest.hexdigest()[:16]}.npy"
-
-    try:
-        return torch.from_numpy(np.load(path)).to(device)
-    except (OSError, ValueError, EOFError):                     # not there yet, or damaged
-        pass
-    texts = captions_of(ds, range(len(ds.captions)))
-    log(f"text encoder: phi of {len(texts):,} captions, once; then kept in {path}")
-    table = embed(phi, texts, precision).half()
-    data.write_atomically(path, lambda file: np.save(file, table.cpu().numpy()))
-    for older in data.CACHE.glob(glob.escape(begin) + 16 * "[0-9a-f]" + ".npy"):
-        if older != path:                                       # of other weights or captions
-            older.unlink(missing_ok=True)
-    return table
-
-
 # ---- Eq. 2: the loss of the joint embedding --------------------------------------------------
 
 def joint_embedding_loss(image_emb, text_emb):
@@ -189,7 +120,7 @@ def joint_embedding_loss(image_emb, text_emb):
 
     Row i of both comes from one pair (image, caption), and every row from another class.
     """
-    # Eq. 2:  1/N sum_n  Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),  Delta the 0-1 loss
+    # Eq. 2:  1/N sum_n  Delta(y_n, f_v(x_n)) + Delta(y_n, f_t(t_n)),  Delta the 0-1 loss
     # It counts the mistakes of the classifiers of eq. 3 and 4, and a count has no gradient. In its
     # place stands a hinge: the right partner should score by 1 more than every other one of the
     # minibatch. [B]'s script divides by N^2 where we take the mean over the N(N - 1) pairs.
@@ -211,8 +142,8 @@ def rank_classes(emb, means):
     [A] eq. 3 takes images' embeddings and the mean caption of each class; it is what we measure.
     Eq. 4 is the same with captions' embeddings and the mean image of each class.
     """
-    # Eq. 3:  f_v(v) = argmax_y  E_{t ~ T(y)} [ v . phi(t) ]  =  argmax_y  v . (mean phi of class y)
-    # Eq. 4:  f_t(t) = argmax_y  E_{v ~ V(y)} [ v . phi(t) ]
+    # Eq. 3:  f_v(x) = argmax_y  E_{t ~ T(y)} [ v(x) . phi(t) ]  =  argmax_y  v(x) . mean phi of y
+    # Eq. 4:  f_t(t) = argmax_y  E_{x ~ V(y)} [ v(x) . phi(t) ]
     return (emb @ means.T).argsort(1, descending=True)
 
 
@@ -225,13 +156,13 @@ def top_k_accuracy(k, emb, labels, classes, means):
     return (best == labels[:, None]).any(1).float().mean().item()
 
 
-def average_precision_at_50(image_emb, labels, text_means, classes, k=50):
+def average_precision_at_50(emb, labels, classes, means, k=50):
     """[B]'s AP@50: the mean caption of each class retrieves images; which share of the first 50 is
     of that class? The mean over classes, 0 to 1. Arguments as for `top_k_accuracy`.
 
     A class with fewer than 50 images cannot reach 1, as in [B].
     """
-    best = (text_means @ image_emb.T).argsort(1, descending=True)[:, :k]    # (C, k) images
+    best = (means @ emb.T).argsort(1, descending=True)[:, :k]               # (C, k) images
     return (labels[best] == classes[:, None]).float().mean().item()
 
 
@@ -282,7 +213,8 @@ def frozen_features(ds, path, device="cpu"):
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read features from {path}: {error}") from None
 
-    least = int(ds.rows.max()) + 1          # the source has more where its last ones are left out
+    # ds.rows: the row of each image in the file. It has rows, too, for images that were skipped.
+    least = int(ds.rows.max()) + 1
     if rows.dtype.kind != "f" or rows.shape[1:] != (TEXT_DIM,) or len(rows) < least:
         raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected floats, at least "
                         f"({least}, {TEXT_DIM}), a row for each image of {ds.name}")
@@ -303,16 +235,17 @@ def frozen_features(ds, path, device="cpu"):
 STEPS = 600         # minibatches; enough for the toy birds, at 0.1 to 0.3 s each on two cores
 CLASSES = 40        # in a minibatch: one image of each, and one of its captions
 RATE = 7e-4         # RMSprop's learning rate
-HOLD = 0.5          # share of the steps with that rate; then it falls in a straight line
-LAST_RATE = 0.05    # the last rate, as a share of it. CUB: top-1 36 % before the fall, 45 % after
 ALPHA = 0.95        # RMSprop's memory of squared gradients: some 20 steps
 CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then very large
-EMA = 0.999         # phi and v are the moving average of their weights: CUB, 3,000 steps, rate not
-                    # yet fallen: top-1 40 % in place of 38 %
-DROP = 0.3          # dropout of an image's given features
-MIX = 0.7           # they are blended with those of another image of the class, at most so much.
-                    # CUB, 6,000 steps: 46 % with and without both, but less is memorised (the loss
-                    # is 0.29, without them 0.20): room for more steps
+
+# Only where the image side is given features. With the small network phi would fit the training
+# classes too closely: of the toy birds' images 47 % matched their sentence with a falling rate and
+# an average, 51 % without.
+HOLD = 0.5          # share of the steps with that rate; then it falls in a straight line
+LAST_RATE = 0.05    # the last rate, as a share of it: CUB, top-1 36 % before the fall, 45 % after
+EMA = 0.999         # phi and v are the moving average of their weights: CUB, top-1 38 % -> 40 %
+DROP = 0.3          # dropout of an image's given features: less is memorised, so more steps help
+MIX = 0.7           # the largest share, in these, of another image of the class: the same
 
 
 def learning_rate(step, steps, hold=HOLD):
@@ -353,7 +286,8 @@ class Minibatches:
         """-> n images (n, 3, 64, 64) or features (n, 1024), and a caption of each, (n, 201)."""
         classes = torch.randperm(self.classes)[:n]
         images = self.draw_images(classes)
-        tokens = self.tokens[random_captions(self.caption_starts, images)[0]]
+        captions = random_captions(self.caption_starts, images)[0]      # one of each: (n,)
+        tokens = self.tokens[captions]
         if self.features is None:
             x = random_crops(self.pixels, images.to(self.device))
         else:
@@ -366,7 +300,10 @@ class Minibatches:
 
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """ema <- decay * ema + (1 - decay) * net: weights, and batch norm's means and variances."""
+    """ema <- decay * ema + (1 - decay) * net: weights, and batch norm's means and variances.
+
+    In place: what a state_dict holds are the network's own tensors.
+    """
     old = [t for t in ema.state_dict().values() if t.is_floating_point()]
     new = [t for t in net.state_dict().values() if t.is_floating_point()]
     torch._foreach_lerp_(old, new, 1 - decay)
@@ -396,13 +333,15 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
     parameters = [p for p in nets.parameters() if p.requires_grad]
     optimiser = torch.optim.RMSprop(parameters, lr=RATE, alpha=ALPHA)
     scaler = grad_scaler(device, precision)
+    hold = HOLD if frozen else 1.0
+    ema_decay = EMA if frozen else 0.0
 
     start = time.time()
     total_loss = 0.0
     logged = 0
     for step in range(1, steps + 1):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps, hold)
         x, tokens = minibatches.draw(n)
         with autocast(device, precision):
             image_emb = v(x)                                    # (n, 1024)
@@ -416,7 +355,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
         nn.utils.clip_grad_norm_(parameters, CLIP)
         scaler.step(optimiser)
         scaler.update()
-        update_ema(ema, nets, min(EMA, step / (step + 10)))     # a short memory in the beginning
+        update_ema(ema, nets, min(ema_decay, step / (step + 10)))   # a short memory at first
 
         total_loss += loss.detach()
         if step % 100 == 0 or step == steps:
@@ -450,8 +389,9 @@ def whitening_matrix(h, floor=0.005):
     # covariance of h  =  U diag(values) U^T
     values, U = torch.linalg.eigh(torch.cov(h.T))
     # M  =  U diag(1 / sqrt(values + floor * largest)) U^T
-    M = U * (values + floor * values[-1]).rsqrt() @ U.T
-    # divided by a number so that mean((h M)^2) = 1/4
+    scale = (values + floor * values[-1]).rsqrt()
+    M = (U * scale) @ U.T
+    # Divided by a number so that mean((h M)^2) = 1/4. Any value of that order would do.
     return M / (2 * (h @ M).square().mean().sqrt())
 
 
@@ -479,7 +419,7 @@ def build(checkpoint, device="cpu"):
     """(phi, v) of an encoder's checkpoint, ready to use. v is None where the checkpoint holds phi
     alone. Raises UserError if it is no such checkpoint.
     """
-    with data.fits("this text encoder"):
+    with data.checkpoint_errors("this text encoder"):
         settings = checkpoint["settings"]
         phi = load_network(lambda: CharCNNRNN(settings["cnn_dim"]), checkpoint["phi"])
         phi = phi.to(device).eval()
@@ -532,8 +472,79 @@ def evaluate(ds, phi, v, features=None, precision="fp32"):
     return {
         "zero-shot top-1": top_k_accuracy(1, emb, labels, classes, means),
         "zero-shot top-5": top_k_accuracy(5, emb, labels, classes, means),
-        "AP@50": average_precision_at_50(emb, labels, means, classes),
+        "AP@50": average_precision_at_50(emb, labels, classes, means),
         "chance": 1 / len(classes)}
+
+
+# ---- All captions of a data set, and captions that phi cannot read ---------------------------
+
+def captions_of(ds, images):
+    """The captions of these images, one list after the other."""
+    texts = []
+    for i in images:
+        texts += ds.captions[i]
+    return texts
+
+
+def caption_table(ds, phi, precision="fp32", log=print):
+    """phi of all captions of a data set -> (captions of all images, 1024) half, on phi's device.
+
+    CUB's 118,000 captions take minutes. So the table is kept in the cache, under a name that
+    changes with the captions, phi's weights and the precision, and read from there next time.
+    """
+    device = next(phi.parameters()).device
+    digest = hashlib.sha256(f"{ds.digest()} {precision} {device.type}".encode())
+    for weights in phi.state_dict().values():
+        digest.update(weights.contiguous().cpu().numpy())
+    begin = f"{data.short_name(ds.name)}-captions-"
+    path = data.CACHE / f"{begin}{digest.hexdigest()[:16]}.npy"
+
+    try:
+        return torch.from_numpy(np.load(path)).to(device)
+    except (OSError, ValueError, EOFError):                     # not there yet, or damaged
+        pass
+    texts = captions_of(ds, range(len(ds.captions)))
+    log(f"text encoder: phi of {len(texts):,} captions, once; then kept in {path}")
+    table = embed(phi, texts, precision).half()
+    data.write_atomically(path, lambda file: np.save(file, table.cpu().numpy()))
+    for older in data.CACHE.glob(glob.escape(begin) + 16 * "[0-9a-f]" + ".npy"):
+        if older != path:                                       # of other weights or captions
+            older.unlink(missing_ok=True)
+    return table
+
+
+def check_text(text, log=print):
+    """Before an image is generated from a text: does phi read what the user wrote?
+
+    Raises UserError where it reads nothing; says in a line where it reads only a part.
+    """
+    shown = repr(text if len(text) <= 40 else text[:40] + "...")
+    letters = "".join(text[:MAX_LETTERS].lower().split())       # without spaces and line ends
+    if not letters:
+        raise UserError("empty text: expected a sentence, such as \"an all black bird\"")
+
+    unknown = [letter for letter in letters if letter not in ROW]
+    if len(unknown) == len(letters):
+        raise UserError(f"the text encoder knows no letter of {shown}: expected a to z, digits and "
+                        "punctuation, such as \"an all black bird\"")
+    if unknown:
+        some = " ".join(dict.fromkeys(unknown[:20]))
+        log(f"of {shown} only a part is read; not in the text encoder's alphabet: {some}")
+    if len(text) > MAX_LETTERS:
+        log(f"of {shown} only the first {MAX_LETTERS} letters of {len(text):,} are read")
+
+
+def check_captions(texts):
+    """The same for the captions to train on. Raises UserError where there is nothing to learn."""
+    tokens = encode_text(texts)
+    if not ((tokens > 0) & (tokens != ROW[" "])).any():
+        raise UserError(
+            f"none of the {len(texts):,} training captions has a letter that the text encoder "
+            f"knows (the first: {texts[0][:40]!r}): write them with a to z, digits and punctuation")
+    if (tokens == tokens[0]).all():
+        raise UserError(
+            f"all {len(texts):,} training captions are the same to the text encoder, which reads "
+            f"{MAX_LETTERS} letters ({texts[0][:40]!r}): let them say how the images differ")
 
 
 # ---- Which encoder a run uses ----------------------------------------------------------------
@@ -552,7 +563,7 @@ def encoder_in(path):
     """The encoder's checkpoint in a file of weights/: NAME-encoder.pt is one, others hold one."""
     if path.stem.endswith("-encoder"):
         return load_checkpoint(path, "encoder")
-    with data.fits(path):
+    with data.checkpoint_errors(path):
         return load_checkpoint(path, "gan-cls")["encoder"]
 
 
@@ -560,7 +571,7 @@ def check_encoder(checkpoint, path, ds, image_side=None):
     """Raises UserError where the encoder in `path` was trained on other captions or another split
     than ds has, or with another image side than is asked for (None: any).
     """
-    with data.fits(path):
+    with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         trained_on = settings["dataset"]
         trained_side = settings["image_side"]

@@ -3,7 +3,7 @@
 Read this file with the paper open: it goes in the paper's order.
 
     4.1  network architecture        -> Generator, Discriminator
-    4.2  GAN-CLS; and eq. 1          -> discriminator_loss, generator_loss
+    4.2  GAN-CLS; eq. 1 (of 3.1)     -> discriminator_loss, generator_loss
     4.3  GAN-INT, eq. 5              -> interpolate
          Algorithm 1, with both      -> gan_cls_step
     4.4  style transfer, eq. 6       -> StyleEncoder, style_loss
@@ -11,7 +11,8 @@ Read this file with the paper open: it goes in the paper's order.
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the image, z the noise,
-x an image in [-1, 1], s a score. "The authors' code" is github.com/reedscot/icml2016.
+x an image in [-1, 1], s a score (in the code its logit l, with s = sigmoid(l)). "The authors' code"
+is github.com/reedscot/icml2016.
 """
 
 import contextlib
@@ -147,16 +148,17 @@ class Discriminator(nn.Module):
         """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s."""
         text = self.text(h)                                         # (B, 128)
         text = text[:, :, None, None].expand(-1, -1, MAP, MAP)      # the same at all 16 places
-        return self.joint(torch.cat([f, text.to(f.dtype)], 1)).flatten()
+        text = text.to(f.dtype)     # autocast leaves batch norm's text in 32 bits, f in 16
+        return self.joint(torch.cat([f, text], 1)).flatten()
 
     def forward(self, x, h):
         """x (B, 3, 64, 64), h (B, 1024) -> logits (B,)."""
         return self.score(self.features(x), h)
 
 
-# ---- 4 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) ---------------------
+# ---- 3.1 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) -------------------
 # D returns logits l; the paper's s is sigmoid(l). In the code s_real, s_wrong and s_fake are the
-# logits. Their logarithms are a softplus, which never overflows:
+# logits. The logarithms are a softplus, softplus(a) = log(1 + e^a), which never overflows:
 #     log s = -softplus(-l)        log(1 - s) = -softplus(l)
 # The logits are turned to 32 bits first: a mean in 16 bits would lose the small ones.
 
@@ -188,7 +190,8 @@ def discriminator_loss(s_real, s_wrong, s_fake):
 def generator_loss(s_fake):
     """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32."""
     # Alg. 1, line 12:  L_G = log(s_f)
-    # Eq. 1 asks for min log(1 - s_f). Where D is sure (s_f near 0) that is flat, log(s_f) is steep.
+    # Eq. 1 asks for min log(1 - s_f). By the logit its slope is -s_f: almost nothing where D is
+    # sure (s_f near 0), and G would not learn. The slope of log(s_f) is 1 - s_f: there almost 1.
     return -log_s(s_fake).mean()
 
 
@@ -245,7 +248,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
         s_real = D.score(f_real, h)                         # line 7:  {real image, right text}
         s_wrong = D.score(f_real, h_wrong) if cls else None     # line 8:  {real image, wrong text}
         s_fake = D(view(x_fake[:B].detach()), h)            # line 9:  {fake image, right text}
-    loss_D = discriminator_loss(s_real, s_wrong, s_fake)    # line 10; D never sees a blend
+    loss_D = discriminator_loss(s_real, s_wrong, s_fake)    # line 10; without the blends
     update(opt_D, loss_D, scaler)                           # line 11
 
     # (2) G: maximise  log D(x_fake, h), and eq. 5's  log D(G(z, blend), blend)
@@ -254,8 +257,8 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
         s_G = D(view(x_fake), texts)                        # s_f again, by the D of line 11
     loss_G = generator_loss(s_G[:B])                        # line 12
     if int_:
-        # Eq. 5, -log D as in line 12. A mean of its own, so that blends weigh a half; in the
-        # authors' code one mean is over captions and blends, and they weigh a third.
+        # Eq. 5, -log D as in line 12. A mean of its own, as heavy as that of the captions, so
+        # that blends are half of the sum. In the authors' code one mean is over both: a third.
         loss_G = loss_G + generator_loss(s_G[B:])
     extra = extra_G_loss(z, texts, x_fake) if extra_G_loss else 0
     update(opt_G, loss_G + extra, scaler)                   # line 13
@@ -301,17 +304,19 @@ def augment(x, shift=8):
     the border repeated. So D memorises the training images less, and G still gets gradients.
     """
     B, _, _, W = x.shape
-    r = torch.rand(4, B, 1, 1, device=x.device, dtype=torch.float32)
-
-    x = x + 0.4 * (r[0, :, None] - 0.5)                     # brightness: -0.2 .. 0.2
+    random = torch.rand(4, B, device=x.device, dtype=torch.float32)     # 0 .. 1
+    brightness = 0.4 * (random[0, :, None, None, None] - 0.5)           # (B, 1, 1, 1) -0.2 .. 0.2
+    contrast = 0.8 + 0.4 * random[1, :, None, None, None]               # (B, 1, 1, 1)  0.8 .. 1.2
+    x = x + brightness
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = (x - mean) * (0.8 + 0.4 * r[1, :, None]) + mean     # contrast: 0.8 .. 1.2
+    x = (x - mean) * contrast + mean
 
-    down_right = ((2 * shift + 1) * r[2:, :, 0, 0]).long() - shift      # (2, B), whole pixels
-    move = torch.eye(2, 3, device=x.device, dtype=x.dtype).repeat(B, 1, 1)
-    # affine_grid takes x before y, in units in which the image goes from -1 to 1.
-    move[:, :, 2] = down_right.flip(0).T * 2 / W
-    grid = F.affine_grid(move, x.shape, align_corners=False)
+    # Pixel p of the result is read at p + offset: `matrix` is [identity | offset] for each image,
+    # in units in which an image goes from -1 to 1.
+    offset = ((2 * shift + 1) * random[2:]).long() - shift              # (2, B): rows, columns
+    matrix = torch.eye(2, 3, device=x.device, dtype=x.dtype).repeat(B, 1, 1)
+    matrix[:, :, 2] = offset.flip(0).T * 2 / W                          # columns come first there
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
     return F.grid_sample(x, grid, "nearest", padding_mode="border", align_corners=False)
 
 

@@ -47,7 +47,7 @@ class Model:
         checkpoint = data.load_checkpoint(path, "gan-cls")
         self.path = Path(path)
         self.device = torch.device(device)
-        with data.fits(path):
+        with data.checkpoint_errors(path):
             self.settings = dict(checkpoint["settings"])
             ngf = self.settings["ngf"]
             self.G = data.load_network(lambda: Generator(ngf), checkpoint["average"])
@@ -213,13 +213,13 @@ def style_groups(ds, index, k=100):
 
 
 def style_pairs(group, folds=5, most=2500, seed=0):
-    """Pairs of images for style verification, [A] section 5.2: half of one group (same style),
-    half of two.
+    """Pairs of images for style verification, [A] section 5.2. In half of them both images are in
+    one group (the same style), in the other half they are in different groups.
 
     group (N,): the group of each image, -1 for none. The images are divided into folds; each gives
-    all its pairs of one group (`most` of them, if there are more) and as many of two. Returns a
-    list of (i, j, same), one a fold; no pair is in it twice. A fold without a pair of one group is
-    left out. Raises UserError where none is left.
+    all its pairs of the first kind (`most` of them, if there are more) and as many of the second.
+    Returns a list of (i, j, same), one a fold; no pair is in it twice. A fold without a pair of
+    the first kind is left out. Raises UserError where no fold is left.
     """
     rng = np.random.default_rng(seed)
     group = group.numpy()
@@ -358,8 +358,9 @@ class Scorers:
         shares = []
         for v, unseen in zip(self.image_encoders, self.unseen):
             emb = encoder.image_embeddings(v, x).cpu()
-            ranked = emb, unseen.labels, unseen.classes, unseen.means
-            shares.append([encoder.top_k_accuracy(k, *ranked) for k in (1, 5)])
+            shares.append([
+                encoder.top_k_accuracy(k, emb, unseen.labels, unseen.classes, unseen.means)
+                for k in (1, 5)])
         return np.mean(shares, 0).tolist()
 
     def features(self, x):
@@ -387,7 +388,7 @@ def frechet_distance(a, b):
     cov_b = torch.cov(b.T)
     # The trace of (C_a C_b)^(1/2) is that of the symmetric (R C_b R)^(1/2), R = C_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     squares = (a.mean(0) - b.mean(0)).square().sum()
     return (squares + cov_a.trace() + cov_b.trace() - 2 * cross).item()
@@ -485,7 +486,8 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
         query = test.direction.isfinite().nonzero()[:, 0]
         x = test.x[query]
         s = model.styles(x)                                   # s <- S(x)
-        y = model.generate(s, h[query].flip(0))               # x_hat <- G(s, phi(t)), another's t
+        others = h[query].roll(len(x) // 2, 0)                # texts of other images
+        y = model.generate(s, others)                         # x_hat <- G(s, phi(t))
         y = from_pixels(y, model.device)
         figures["style transfer, background kept"] = background_kept(x, y)
         figures["style transfer, direction kept"] = direction_kept(
@@ -548,7 +550,7 @@ def load_models(runs, device):
 
 
 def trained_on(model):
-    with data.fits(model.path):
+    with data.checkpoint_errors(model.path):
         return str(model.settings["dataset"])
 
 
@@ -566,7 +568,7 @@ def check_dataset(models, ds, moved):
     that data of one's own, a folder or a .zip, may have another name than in training."""
     for name, model in models.items():
         theirs = trained_on(model)
-        both_own = data.short_name(theirs) != theirs and data.short_name(ds.name) != ds.name
+        both_own = theirs not in data.DATASETS and ds.name not in data.DATASETS
         if theirs != ds.name and not (moved and both_own):
             raise UserError(f"{name} was trained on {theirs}, not on {ds.name}: figures of "
                             "different data sets cannot be compared, measure one at a time")
@@ -576,8 +578,8 @@ def check_dataset(models, ds, moved):
 
 
 def group_by_seed(models):
-    """{column of the table: names of its runs}. Runs that are equal in all but their seed make
-    one column; a run that has no such company is a column of its own."""
+    """{column of the table: names of its runs}. Runs that are equal in all but seed and precision
+    make one column; a run that has no such company is a column of its own."""
     groups = {}
     for name, model in models.items():
         but_seed = {k: v for k, v in model.settings.items() if k not in ("seed", "precision")}

@@ -44,7 +44,7 @@ RECIPES = {
     "paper": dict(
         steps=None,             # 600 epochs
         batch_size=64,
-        lr_G=2e-4,              # halved every 100 epochs, as in the authors' code
+        lr_G=2e-4,              # halved every 100 epochs, as in the authors' code, not in [A]
         lr_D=2e-4,
         captions=(1, 1),        # h is one caption's embedding
         augment=False,          # the rest is not in the paper, and off
@@ -62,19 +62,20 @@ RECIPES = {
         lr_D=2e-4,
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
         augment=True,           # D sees images shifted, lighter, darker: it memorises less
-        sharpen=0.0,            # D sees images with more fine detail: no checkerboard artefacts
+        sharpen=0.0,            # off; above 0 D sees images with more fine detail, see "toy"
         mode_seeking=0.05,      # a term of G's loss: other z, other images; with 0 G ignored z
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
         ema=0.998,              # samples use a moving average of G over about 500 steps
-        decay=True),            # both rates fall to a tenth over the last half
+        decay=True),            # both rates fall to a tenth, from half of the steps to 95 %
 }
 RECIPES["toy"] = dict(
     RECIPES["quick"],
     steps=6000,
-    sharpen=1.5,                # without it the birds have no legs and no eyes
+    sharpen=1.5,                # else checkerboard artefacts, and birds without legs and eyes
     style=0.1,                  # each z has its direction; on photographs 0.1 gave dark spots
-    r1=0.1)                     # without it D memorised 150 species; on photographs D ignored text
+    r1=0.1)                     # without it D memorised 150 species. On photographs, with 0.1, D
+                                # ignored the text
 
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
@@ -132,8 +133,8 @@ def epoch_order(n, seed, epoch):
 
 
 def set_rates(run, epoch):
-    """The learning rates of a step. [A] section 5: 2e-4, in the authors' code halved every 100
-    epochs. With `decay`: in a straight line to a tenth over the last half of the steps."""
+    """The learning rates of a step. [A] section 5: 2e-4; in the authors' code they are halved
+    every 100 epochs. With `decay`: from half of the steps in a straight line, at 95 % a tenth."""
     if run.recipe["decay"]:
         factor = min(1.0, max(0.1, 2 - 2 * run.step / run.settings["steps"]))
     else:
@@ -222,14 +223,14 @@ def plot_history(history, path):
 class Run:
     """Networks, optimizers and what else a checkpoint holds.
 
-    settings: a dict of plain values; encoder: the checkpoint of phi. layout: how images lie in
-    memory; convolutions in 16 bits want channels last.
+    settings: a dict of plain values; phi_checkpoint: see encoder.build. layout: how images lie
+    in memory; convolutions in 16 bits want channels last.
     """
 
-    def __init__(self, settings, device, encoder=None, layout=torch.channels_last):
+    def __init__(self, settings, device, phi_checkpoint=None, layout=torch.channels_last):
         self.settings = settings
         self.device = device
-        self.encoder = encoder
+        self.phi_checkpoint = phi_checkpoint
         self.recipe = RECIPES[settings["recipe"]]
         self.step = 0
         self.history = []
@@ -273,7 +274,7 @@ class Run:
         with self.amp:
             if self.recipe["mode_seeking"]:
                 n = self.settings["batch_size"] // 4            # the same texts with another z
-                z2 = torch.randn_like(z[:n])                    # (batch norm sees these n alone)
+                z2 = torch.randn_like(z[:n])
                 x2 = self.G(z2, texts[:n])
                 pairs = mode_seeking_loss(z[:n], z2, x_fake[:n], x2)
                 loss = loss + self.recipe["mode_seeking"] * pairs
@@ -316,8 +317,8 @@ class Run:
     def save(self, path):
         S = self.S.state_dict() if self.S else None
         data.save_checkpoint(
-            path, kind="gan-cls", settings=self.settings, encoder=self.encoder, step=self.step,
-            history=self.history, S=S, **self.state())
+            path, kind="gan-cls", settings=self.settings, encoder=self.phi_checkpoint,
+            step=self.step, history=self.history, S=S, **self.state())
 
     def restore(self, checkpoint):
         self.load_state(checkpoint)
@@ -426,7 +427,7 @@ def train_variant(args, variant):
     else:
         run, ds = new_run(args, variant, path)
     s = run.settings
-    phi, _ = encoder.build(run.encoder, run.device)
+    phi, _ = encoder.build(run.phi_checkpoint, run.device)
     table = encoder.caption_table(ds, phi, s["precision"])
     batches = Batches(ds, table, run.device, run.recipe["captions"])
     print(f"{s['dataset']}, {s['variant']}, recipe {s['recipe']}: {len(batches):,} images, "
@@ -493,10 +494,10 @@ def new_run(args, variant, path):
     # One text encoder serves all runs on a data set; with --out nothing is written elsewhere.
     shared = encoder.encoder_path(ds)
     own = args.out / "encoder.pt" if args.out and not shared.exists() else None
-    phi = encoder.get_encoder(
+    phi_checkpoint = encoder.get_encoder(
         ds, device, settings["precision"], image_side=args.image_encoder,
         image_features=args.image_features, path=own)
-    return Run(settings, device, phi), ds
+    return Run(settings, device, phi_checkpoint), ds
 
 
 def choose_settings(args, variant, ds, device):
@@ -529,7 +530,7 @@ def resumed_run(args, variant, path):
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}")
     checkpoint = data.load_checkpoint(path, "gan-cls")
-    with data.fits(path):
+    with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         check_agreement(args, variant, settings, path)
         ds = data.load(dataset_name(args) or settings["dataset"], args.source)
@@ -565,15 +566,15 @@ def export(args):
         raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
     path = (args.out or run_folder(args, args.variant or "gan-int-cls")) / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, "gan-cls")
-    with data.fits(path):
+    with data.checkpoint_errors(path):
         if not checkpoint["S"]:
             raise UserError(f"{path} is not finished: let it go on with --resume")
-        phi = dict(checkpoint["encoder"])
-        for key in {"phi", "v"} & phi.keys():       # a phi of weights/ may come without its v
-            phi[key] = half(phi[key])
+        phi_checkpoint = dict(checkpoint["encoder"])
+        for key in {"phi", "v"} & phi_checkpoint.keys():    # one of weights/ may come without v
+            phi_checkpoint[key] = half(phi_checkpoint[key])
         content = dict(
             settings=checkpoint["settings"], step=checkpoint["step"],
-            average=half(checkpoint["average"]), S=half(checkpoint["S"]), encoder=phi)
+            average=half(checkpoint["average"]), S=half(checkpoint["S"]), encoder=phi_checkpoint)
     out = encoder.WEIGHTS / f"{args.export}.pt"
     data.save_checkpoint(out, kind="gan-cls", **content)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
