@@ -22,7 +22,6 @@ import dataclasses
 import gzip
 import hashlib
 import http.client
-import inspect
 import io
 import json
 import lzma
@@ -53,7 +52,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 IMAGE_SIZE = 76         # images are kept at 76x76, as in the authors' code ...
 CROP = 64               # ... and the networks see a random 64x64 window ([A] section 5)
 CACHE = Path("cache")
-CACHE_FORMAT = 2        # raise it when a cache holds something else: older ones are then rebuilt
+CACHE_FORMAT = 2        # raise it when the files of a cache are others than before
 KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]    # of [A] section 5.2
 
 
@@ -87,8 +86,9 @@ class Dataset:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-# What a builder gives of each image: (76, 76, 3) uint8, a list of captions, the name of its
-# class, its place in the source's order, and where known its box (4,) and keypoints (6, 2).
+# What a builder gives of each image: (76, 76, 3) uint8, a list of captions, the name of its class,
+# its row in a file of given features (images that are left out count), and where known its box
+# (4,) and keypoints (6, 2), in pixels of the 76x76 image: see `to_small`.
 Example = namedtuple("Example", "pixels captions label row box keypoints", defaults=(None, None))
 
 
@@ -96,8 +96,8 @@ def load(name, source=None):
     """A data set, built now or read from its cache.
 
     name: toy, cub, cub-box, flowers, or the path of a folder or a .zip file. source: a folder
-    with the files of cub or flowers. A cache is named after all that it was made from, so that a
-    change there leads to a new cache. Raises UserError."""
+    with the files of cub or flowers. A cache is named after all that it was made from, files and
+    code, so that a change there leads to a new cache. Raises UserError."""
     if name not in DATASETS and not Path(name).exists():
         raise UserError(f"unknown data set {name!r}: expected {', '.join(DATASETS)}, "
                         "or a folder or .zip file of images with captions")
@@ -105,8 +105,7 @@ def load(name, source=None):
     if all(path.exists() for path in paths):    # else they are gone, and their cache stays good
         paths = paths or find_files(name, source)
         build = DATASETS.get(name, OWN_FOLDER).build
-        code = toy_code() if name == "toy" else inspect.getsource(build)
-        made_from = (CACHE_FORMAT, IMAGE_SIZE, code, file_stamps(paths))
+        made_from = (CACHE_FORMAT, IMAGE_SIZE, building_code(), file_stamps(paths))
         digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         folder = CACHE / f"{short_name(name)}-{digest}"
         if not (folder / "meta.json").exists():
@@ -298,13 +297,6 @@ def build_toy():
     return examples, set(labels[150:]), []
 
 
-def toy_code():
-    """What the toy data depend on: whoever edits the drawing or the captions gets new ones."""
-    functions = (toy_species, differences, toy_captions, toy_draw, toy_examples, build_toy)
-    tables = (COLOURS, BACKGROUNDS, BILLS, BILL_COLOURS, BEGINNINGS, ONE_COLOUR_BEGINNINGS, PARTS)
-    return [inspect.getsource(function) for function in functions], tables
-
-
 # ---- CUB-200-2011: images, captions, boxes, parts --------------------------------------------
 CUB_UNSEEN = {      # testclasses.txt of the authors, for captions that come without that file
     1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
@@ -419,6 +411,8 @@ def build_flowers(images_path, captions_path):
     files = read_files(images_path, IMAGE_NAMES)
     captions, unseen, skipped = read_caption_archive(captions_path, files.images, FLOWERS_UNSEEN)
     examples = []
+    # The source's order is that of the file names, which Oxford-102 numbers throughout. Where each
+    # class begins with 1.jpg, take files.images as they come: by folder, then by name.
     for row, path in enumerate(sorted(files.images, key=stem)):
         if path in captions:
             pixels, _ = files.images[path]
@@ -566,17 +560,22 @@ def table_rows(table, content):
 
 
 # ---- The table of data sets: a new one is a function above and a row here --------------------
-# The shortest builder to copy is build_flowers: read_files gives {path: (pixels, window)} of the
-# images, decoded by read_image, and it returns Examples, the names of the unseen classes, and a
-# line for each thing left out. Write your own for any other format.
+# The shortest builder to copy is build_flowers. It gets the paths of the images and the captions,
+# and returns Examples, the names of the unseen classes, and a line for each thing left out.
+#     read_files(path, IMAGE_NAMES).images    {path: (pixels, window)} of a folder or an archive,
+#                   None for an image that cannot be read: leave it out, it is in .skipped already
+#     decode_text(read_bounded(path))         the text of one file, for captions in a form of your
+#                   own; then clean_captions(list of strings). A line for an image without a caption
+#                   ends with NO_CAPTION.
+# Before G train its text encoder, for photographs longer than by default: encoder.py --steps 6000.
 @dataclass
 class Entry:
     build: callable         # function of the paths -> (examples, names of unseen classes, skipped)
     images: tuple = ()      # what the images' archive or folder may be called; the first is fetched
-    captions: tuple = ()    # likewise the captions'
-    url: str = ""
+    captions: tuple = ()    # likewise the captions'; none where images and captions are in one file
+    url: str = ""           # of the images; without it --from DIR is needed the first time
     md5: str = ""
-    captions_url: str = ""
+    captions_url: str = ""  # ends with one of the names of `captions`
 
 
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
@@ -628,15 +627,19 @@ def fetch_files(name):
     data_set = DATASETS[name]
     folder = CACHE / "downloads"
     if not (folder / data_set.images[0]).exists():
+        if not data_set.url:
+            raise UserError(f"{name} is not fetched: name the folder with its files, --from DIR")
         download(data_set.url, folder / data_set.images[0], data_set.md5)
-    if any((folder / file).exists() for file in data_set.captions):
+    if not data_set.captions or any((folder / file).exists() for file in data_set.captions):
         return
     try:
+        if not data_set.captions_url:
+            raise UserError(f"there is no address for those of {name}")
         download(data_set.captions_url, folder / data_set.captions_url.rsplit("/", 1)[1])
     except UserError as error:
         raise UserError(f"the captions could not be fetched ({error}). Get {data_set.captions[0]} "
-                        "(the link is in the README of github.com/reedscot/cvpr2016), put it into "
-                        f"{folder}, run this again") from None
+                        f"(see the README, \"Data\"), put it into {folder}, run this again"
+                        ) from None
 
 
 def download(url, path, md5=""):
@@ -1062,6 +1065,12 @@ def file_stamps(paths):
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
+def building_code():
+    """All of this file above "The cache": whoever edits a builder, a table of words, or how images
+    are read gets a new cache."""
+    return Path(__file__).read_text(encoding="utf-8").split("\n# ---- The cache ---")[0]
+
+
 def newest_cache(name):
     """(folder, paths that it was made from) of the newest cache of cub or flowers. (None, []):
     there is none, or one of another version, whose files are gone."""
@@ -1256,8 +1265,11 @@ class Batches:
         return (h * taken[:, :, None]).sum(0) / k[:, None]
 
     def batch(self, positions):
-        """What [A] Algorithm 1 draws for a step. positions (B,) in training_images -> x, h, h_wrong:
-        images, texts that describe them, and texts of a random image of another class."""
+        """What [A] Algorithm 1 draws for a step: x, h and h_wrong.
+
+        positions (B,) in training_images -> images, texts that describe them, and texts of a
+        random image of another class.
+        """
         other = draw_other_class(self.class_of[positions], len(self.class_size))
         wrong = self.class_start[other] + random_below(self.class_size[other], positions)
         x = random_crops(self.images, self.training_images[positions])

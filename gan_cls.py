@@ -97,7 +97,9 @@ class Generator(nn.Module):
             deconv(2 * ngf, ngf), nn.BatchNorm2d(ngf), relu,                # (B,   ngf, 32, 32)
             # For 128x128 add a line here: deconv(ngf, ngf), nn.BatchNorm2d(ngf), relu,
             # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py
-            # (not for the toy birds, which are drawn for 76). Trained networks no longer fit.
+            # (not for the toy birds, which are drawn for 76). Trained networks no longer fit, and
+            # the tests are for 64x64. Lengths in pixels stay: `shift` in augment, the six rows in
+            # sample.py's background_kept.
             deconv(ngf, 3), nn.Tanh())                                      # (B,     3, 64, 64)
         init_weights(self)
 

@@ -2681,6 +2681,52 @@ def test_captions_that_cannot_be_fetched_are_named(here, monkeypatch):
             data.load("cub")
 
 
+def test_a_new_row_without_addresses(here, monkeypatch):
+    row = data.Entry(data.build_cub, images=("i.tar",), captions=("c.tar",))
+    monkeypatch.setitem(data.DATASETS, "dogs", row)
+    with pytest.raises(data.UserError, match="dogs is not fetched.*--from DIR"):
+        data.load("dogs")
+    images, captions = cub_files()
+    downloads = here / "cache/downloads"
+    downloads.mkdir(parents=True)
+    tar(downloads / "i.tar", images)
+    with pytest.raises(data.UserError, match="no address for those of dogs.*Get c.tar"):
+        data.load("dogs")
+    tar(downloads / "c.tar", captions)
+    assert len(data.load("dogs").images) == 12
+
+    # A row of one kind: all is in one file.
+    monkeypatch.setitem(data.DATASETS, "cats", dataclasses.replace(row, captions=()))
+    data.fetch_files("cats")
+    assert data.find_files("cats", downloads) == [(downloads / "i.tar").resolve()]
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("pixels", np.zeros((76, 76, 3)), "pixels of float64"),
+    ("pixels", np.zeros((64, 64, 3), np.uint8), "64, 64, 3"),
+    ("captions", "a bird", "a bird"),
+    ("captions", [], r"\[\]")])
+def test_mistakes_of_a_new_builder_are_named(here, field, value, message):
+    good = data.Example(np.zeros((76, 76, 3), np.uint8), ["a bird"], "kind", 0)
+    with pytest.raises(AssertionError, match=message):
+        data.write_cache(here / "cache/x", "x", [], [good._replace(**{field: value})], [], [])
+
+
+def test_a_cache_depends_on_all_code_that_builds_it(here, monkeypatch):
+    own_folder(here / "mine")
+    code = data.building_code()
+    for part in ("COLOURS = {", "CUB_UNSEEN = {", "def build_folder", "def read_image"):
+        assert part in code
+    assert "class Batches" not in code and "def save_checkpoint" not in code
+
+    names = []
+    for changed in (code, code + " ", code):
+        monkeypatch.setattr(data, "building_code", lambda: changed)
+        data.load("mine")
+        names.append(next(Path("cache").glob("own-mine-*")).name)
+    assert names[0] == names[2] != names[1]
+
+
 def test_a_changed_source_is_seen(here):
     mine = own_folder(here / "mine")
 
