@@ -340,7 +340,8 @@ class Scorers:
         for seed in SCORER_SEEDS:
             path = Path("runs") / f"{data.short_name(ds.name)}-scorer-{seed}.pt"
             checkpoint = encoder.get_encoder(
-                ds, device, precision, image_side="conv", path=path, seed=seed, log=log)
+                ds, device, precision, image_side="conv", path=path, seed=seed, anneal=True,
+                log=log)
             phi, v = encoder.build(checkpoint, device)
             self.image_encoders.append(v)
             self.unseen.append(encoder.unseen_classes(ds, phi, precision))

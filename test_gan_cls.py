@@ -1688,6 +1688,9 @@ def test_the_optimiser_steps_at_that_rate_or_a_constant_one(here, monkeypatch):
     rates.clear()
     quick_encoder(small_data(here), steps=4)                    # the small network
     assert rates == [7e-4] * 4
+    rates.clear()
+    quick_encoder(small_data(here), steps=4, anneal=True)       # one that judges
+    assert rates == [encoder.learning_rate(i, 4) for i in (1, 2, 3, 4)]
 
 
 def test_minibatches_are_pairs_of_different_classes(here, monkeypatch):
