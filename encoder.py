@@ -124,7 +124,7 @@ def joint_embedding_loss(image_emb, text_emb):
     # It counts the mistakes of the classifiers of eq. 3 and 4, and a count has no gradient. In its
     # place stands a hinge: the right partner should score by 1 more than every other one of the
     # minibatch. [B]'s script divides by N^2 where we take the mean over the N(N - 1) pairs.
-    s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v_i . phi(t_j)
+    s = image_emb.float() @ text_emb.float().T                  # (N, N):  s_ij = v(x_i) . phi(t_j)
     right = s.diagonal()
     others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     # Images choose among texts:  mean over i != j of max(0, 1 + s_ij - s_ii)
@@ -213,7 +213,7 @@ def frozen_features(ds, path, device="cpu"):
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read features from {path}: {error}") from None
 
-    # ds.rows: the row of each image in the file. It has rows, too, for images that were skipped.
+    # ds.rows: the row of each image in the file, which has rows for images that were skipped, too.
     least = int(ds.rows.max()) + 1
     if rows.dtype.kind != "f" or rows.shape[1:] != (TEXT_DIM,) or len(rows) < least:
         raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected floats, at least "
@@ -240,14 +240,14 @@ CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then ve
 
 # Only with `anneal`, see train_encoder. phi then classifies better. But with the small network it
 # also learns the training classes so closely that G does worse: of the toy birds' images 47 and
-# 48 % matched their sentence, without it 51 and 51 % (two runs each).
-HOLD = 0.5          # share of the steps with that rate; then it falls in a straight line
-LAST_RATE = 0.05    # the last rate, as a share of it: CUB, top-1 36 % before the fall, 45 % after
+# 48 % matched their sentence, without it 51 and 51 % (weights/README.md, "Toy birds").
+HOLD = 0.5          # share of the steps with RATE; then it falls in a straight line
+LAST_RATE = 0.05    # the last rate, as a share of RATE: CUB, top-1 36 % before the fall, 45 % after
 EMA = 0.999         # phi and v are the moving average of their weights: CUB, top-1 38 % -> 40 %
 
 # Only for given features:
 DROP = 0.3          # dropout of an image's given features: less is memorised, so more steps help
-MIX = 0.7           # the largest share, in these, of another image of the class: the same
+MIX = 0.7           # they are blended with those of another image of the class: its largest share
 
 
 def learning_rate(step, steps, hold=HOLD):

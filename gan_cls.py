@@ -150,7 +150,7 @@ class Discriminator(nn.Module):
         """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s."""
         text = self.text(h)                                         # (B, 128)
         text = text[:, :, None, None].expand(-1, -1, MAP, MAP)      # the same at all 16 places
-        text = text.to(f.dtype)     # autocast leaves batch norm's text in 32 bits, f in 16
+        text = text.to(f.dtype)     # under autocast they may differ, and cat wants one type
         return self.joint(torch.cat([f, text], 1)).flatten()
 
     def forward(self, x, h):
@@ -192,8 +192,8 @@ def discriminator_loss(s_real, s_wrong, s_fake):
 def generator_loss(s_fake):
     """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32."""
     # Alg. 1, line 12:  L_G = log(s_f)
-    # Eq. 1 asks for min log(1 - s_f). By the logit its slope is -s_f: almost nothing where D is
-    # sure (s_f near 0), and G would not learn. The slope of log(s_f) is 1 - s_f: there almost 1.
+    # Eq. 1 asks for min log(1 - s_f). Its derivative with respect to the logit is -s_f: almost 0
+    # where D is sure (s_f near 0), and G would not learn. That of log(s_f) is 1 - s_f, almost 1.
     return -log_s(s_fake).mean()
 
 
@@ -244,7 +244,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     with amp:
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
 
-    # (1) D: maximise  log D(x, h) + (log(1 - D(x, h_wrong)) + log(1 - D(x_fake, h))) / 2
+    # (1) D: maximise  log(s_real) + (log(1 - s_wrong) + log(1 - s_fake)) / 2
     with amp:
         f_real = D.features(view(x))                        # once, for both texts
         s_real = D.score(f_real, h)                         # line 7:  {real image, right text}
@@ -253,7 +253,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     loss_D = discriminator_loss(s_real, s_wrong, s_fake)    # line 10; without the blends
     update(opt_D, loss_D, scaler)                           # line 11
 
-    # (2) G: maximise  log D(x_fake, h), and eq. 5's  log D(G(z, blend), blend)
+    # (2) G: maximise  log(s_fake), and eq. 5's log(s) of G(z, blend) with the blend
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
         s_G = D(view(x_fake), texts)                        # s_f again, by the D of line 11

@@ -56,7 +56,7 @@ RECIPES = {
         decay=False),
     # departs from the paper: makes fewer steps enough. Figures: weights/README.md.
     "quick": dict(
-        steps=25_000,           # as cub.pt and flowers.pt; CUB's 600 epochs are 165,600 of them
+        steps=25_000,           # as flowers.pt (cub.pt: 36,000); CUB's 600 epochs are 165,600
         batch_size=32,          # twice the steps in the same time
         lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
@@ -349,7 +349,7 @@ def compile_networks(run, batches, log=print):
         if net is None:
             continue
         try:
-            # Module.compile() skips an nn.Sequential.
+            # net.compile() would leave an nn.Sequential uncompiled.
             net.forward = torch.compile(net.forward, dynamic=False)
             rehearse(run, batches)
         except Exception as error:              # whatever a compiler raises
@@ -383,6 +383,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
+    # Not in [A]. S is an ordinary regression: Adam's defaults.
     optimizer = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
     scaler = data.grad_scaler(run.device, run.settings["precision"])
     start = time.time()
@@ -393,7 +394,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
         with run.amp:
             with torch.no_grad():
                 x = run.G_ema(z, h)
-                if run.recipe["augment"]:       # else S reads tiny patterns that only G makes
+                if run.recipe["augment"]:       # S then does better on photographs
                     x = augment(x)
             loss = style_loss(z, S(x))
         update(optimizer, loss, scaler)
