@@ -484,11 +484,10 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
         return figures
 
     if probe is not None:
-        query = test.direction.isfinite().nonzero()[:, 0]
+        query, other = style_queries(test)
         x = test.x[query]
         s = model.styles(x)                                   # s <- S(x)
-        others = h[query].roll(len(x) // 2, 0)                # texts of other images
-        y = model.generate(s, others)                         # x_hat <- G(s, phi(t))
+        y = model.generate(s, h[other])                       # x_hat <- G(s, phi(t))
         y = from_pixels(y, model.device)
         figures["style transfer, background kept"] = background_kept(x, y)
         figures["style transfer, direction kept"] = direction_kept(
@@ -496,6 +495,13 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
     for kind, pairs in test.pairs.items():
         figures[f"style verification, {kind}"] = verify_style(model.styles(test.x).cpu(), pairs)
     return figures
+
+
+def style_queries(test):
+    """For style transfer: the images whose direction is known, and for each another one of them,
+    whose text is taken. Two (q,), places in the test set."""
+    query = test.direction.isfinite().nonzero()[:, 0]
+    return query, query.roll(len(query) // 2)
 
 
 def measure_references(test, scorers, probe, phi):
@@ -506,12 +512,11 @@ def measure_references(test, scorers, probe, phi):
         "sentences matched, top-5": {"real images": top_5, "chance": min(1, 5 * scorers.chance)},
         "Frechet distance": frechet_references(test, scorers)}
     if probe is not None:
-        query = test.direction.isfinite().nonzero()[:, 0]
+        query, other = style_queries(test)
         x = test.x[query]
-        others = x.roll(len(x) // 2, 0)
         found = direction_kept(x, test.direction[query], scorers.image_encoders[0], probe)
         out["style transfer, background kept"] = {
-            "real images, each with another": background_kept(x, others)}
+            "real images, each with another": background_kept(x, test.x[other])}
         out["style transfer, direction kept"] = {
             "real images, by the linear probe": found, "chance": 0.5}
     h = embed(phi, test.texts).cpu()
