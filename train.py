@@ -332,28 +332,28 @@ class Run:
 # ---- torch.compile ---------------------------------------------------------------------------
 
 def compile_networks(run, batches, log=print):
-    """Compile G, the parts of D, and Q; each stays compiled only if a rehearsal goes well.
+    """Compile G, the two parts of D, and Q; each stays compiled only if a rehearsal goes well.
 
-    On CUDA launching the kernels of so small a step can take longer than running them, and a
+    On CUDA launching the kernels of so small a step takes longer than running them, and a
     compiler fuses them. But it can also fail, even in the middle of a backward pass
     (chains of ConvTranspose2d: pytorch issues 171622, 184026). A run must not end by that.
     """
-    log("compiling the networks takes a minute or two (--no-compile skips it)")
+    log("compiling the networks takes a minute or two")
     torch.compiler.reset()      # what an earlier run compiled counts against a limit
     # What is compiled has no second derivative, which the gradient penalty needs.
     run.eager = functools.partial(torch.compiler.set_stance, "force_eager")
-    parts = {"G": run.G, "D.features": run.D.features, "D.text": run.D.text,
-             "D.joint": run.D.joint, "Q": run.Q}
+    parts = {"G": (run.G, "forward"), "D.features": (run.D.features, "forward"),
+             "D.score": (run.D, "score"), "Q": (run.Q, "forward")}
     failed = {}
-    for name, net in parts.items():
+    for name, (net, method) in parts.items():
         if net is None:
             continue
         try:
             # net.compile() would leave an nn.Sequential uncompiled.
-            net.forward = torch.compile(net.forward, dynamic=False)
+            setattr(net, method, torch.compile(getattr(net, method), dynamic=False))
             rehearse(run, batches)
         except Exception as error:              # whatever a compiler raises
-            net.__dict__.pop("forward", None)   # the class's own, eager forward is back
+            net.__dict__.pop(method, None)      # the class's own, eager method is back
             failed[name] = str(error).strip().split("\n")[0]
     if failed:
         reason = next(iter(failed.values()))
@@ -445,7 +445,7 @@ def train_variant(args, variant):
         return data.image_grid(rows, texts)
 
     if run.step < s["steps"]:
-        if use_compile(args, run):
+        if args.compile:
             compile_networks(run, batches)
         if not train(run, batches, folder, sample_grid):
             print(f"stopped at step {run.step} and saved; go on with:  "
@@ -462,13 +462,6 @@ def train_variant(args, variant):
     # 4. What to do next.
     print(f"done: {path}\nnow try: python sample.py --weights {shlex.quote(str(path))} "
           f"{shlex.quote(texts[0])}")
-
-
-def use_compile(args, run):
-    """Compile? As asked; else on CUDA, where enough steps are left to repay the minutes."""
-    if args.compile is not None:
-        return args.compile
-    return run.device.type == "cuda" and run.settings["steps"] - run.step >= 5000
 
 
 def run_folder(args, variant):
@@ -679,8 +672,7 @@ def parse_args():
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
     add("--out", type=Path, metavar="DIR", help="where the run is kept (runs/DATASET-VARIANT)")
     add("--resume", action="store_true", help="go on with the run that is there")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the networks (default: on CUDA, for 5,000 steps or more)")
+    add("--compile", action="store_true", help="torch.compile the networks; may be no quicker")
     add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
     add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
     args = parser.parse_args()
