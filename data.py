@@ -102,7 +102,9 @@ def load(name, source=None):
         raise UserError(f"unknown data set {name!r}: expected {', '.join(DATASETS)}, "
                         "or a folder or .zip file of images with captions")
     folder, paths = (None, []) if source else newest_cache(name)
-    if all(path.exists() for path in paths):    # else they are gone, and their cache stays good
+    # paths: what the newest cache was made from; none for toy, with `source`, or without a cache.
+    # Where one of them is gone since, that cache is taken as it is; else the one of today's files.
+    if all(path.exists() for path in paths):
         paths = paths or find_files(name, source)
         build = DATASETS.get(name, OWN_FOLDER).build
         made_from = (CACHE_FORMAT, IMAGE_SIZE, building_code(), file_stamps(paths))

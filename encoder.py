@@ -4,8 +4,8 @@
 Descriptions, CVPR 2016. [A] tells it in short in section 3.2; the equation numbers here are [A]'s.
 phi(t) is a char-CNN-RNN over the letters of a caption t. The image side, v(x), is a small
 convolutional network or 1024 features that are given. Both are trained so that the score
-v(x) . phi(t) is large where t describes x. ([A] writes v for the image itself and calls its
-embedding phi(v): our x and v(x).)
+v(x) . phi(t) is large where t describes x. ([A] writes v for the image, and for its embedding
+another letter phi than for the text's; we write x and v(x).)
 
     python encoder.py --dataset toy                             # train, then measure
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
@@ -493,6 +493,7 @@ def captions_of(ds, images):
 
 def caption_table(ds, phi, precision="fp32", log=print):
     """phi of all captions of a data set -> (captions of all images, 1024) half, on phi's device.
+    [A] Algorithm 1, line 3 and line 4, for all steps at once: phi is fixed.
 
     CUB's 118,000 captions take minutes. So the table is kept in the cache, under a name that
     changes with the captions, phi's weights and the precision, and read from there next time.

@@ -11,7 +11,7 @@ Read this file with the paper open: it goes in the paper's order.
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the image, z the noise,
-x an image in [-1, 1], s a score (in the code its logit l, with s = sigmoid(l)). "The authors' code"
+x an image in [-1, 1], s a score (in the code its logit l, s = sigmoid(l)). "The authors' code"
 is github.com/reedscot/icml2016.
 """
 
@@ -98,8 +98,8 @@ class Generator(nn.Module):
             # For 128x128 add a line here: deconv(ngf, ngf), nn.BatchNorm2d(ngf), relu,
             # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py
             # (not for the toy birds, which are drawn for 76). Trained networks no longer fit, and
-            # the tests are for 64x64. Lengths in pixels stay: `shift` in augment, the six rows in
-            # sample.py's background_kept.
+            # the tests are for 64x64. Two lengths in pixels may be left as they are: `shift` in
+            # augment, the six rows in sample.py's background_kept.
             deconv(ngf, 3), nn.Tanh())                                      # (B,     3, 64, 64)
         init_weights(self)
 
@@ -159,48 +159,48 @@ class Discriminator(nn.Module):
 
 
 # ---- 3.1 and 4.2  The game, and the matching-aware discriminator (GAN-CLS) -------------------
-# D returns logits l; the paper's s is sigmoid(l). In the code s_real, s_wrong and s_fake are the
-# logits. The logarithms are a softplus, softplus(a) = log(1 + e^a), which never overflows:
+# D returns logits l_real, l_wrong, l_fake; the paper's s_r, s_w, s_f are sigmoid(l), in 0 .. 1.
+# The logarithms are a softplus, softplus(a) = log(1 + e^a), which never overflows:
 #     log s = -softplus(-l)        log(1 - s) = -softplus(l)
 # The logits are turned to 32 bits first: a mean in 16 bits would lose the small ones.
 
-def log_s(logits):
-    return -F.softplus(-logits.float())
+def log_s(l):
+    return -F.softplus(-l.float())
 
 
-def log_one_minus_s(logits):
-    return -F.softplus(logits.float())
+def log_one_minus_s(l):
+    return -F.softplus(l.float())
 
 
-def discriminator_loss(s_real, s_wrong, s_fake):
+def discriminator_loss(l_real, l_wrong, l_fake):
     """Minus L_D of [A] Algorithm 1, because optimisers minimise.
 
-    Logits (B,) of any float type -> scalar, float32. s_real {real image, right text},
-    s_wrong {real image, wrong text}, s_fake {fake image, right text}.
-    s_wrong=None is the plain GAN of eq. 1, which has no wrong texts.
+    Logits (B,) of any float type -> scalar, float32. l_real {real image, right text},
+    l_wrong {real image, wrong text}, l_fake {fake image, right text}.
+    l_wrong=None is the paper's baseline: eq. 1 given the text, D(x, h) and G(z, h), no wrong texts.
     """
-    if s_wrong is None:
-        # Eq. 1:  log D(x) + log(1 - D(G(z)))
-        return -(log_s(s_real).mean() + log_one_minus_s(s_fake).mean())
+    if l_wrong is None:
+        # Eq. 1, given h:  log D(x, h) + log(1 - D(G(z, h), h))
+        return -(log_s(l_real).mean() + log_one_minus_s(l_fake).mean())
 
     # Alg. 1, line 10:  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
     # The two kinds of wrong pairs together weigh as much as the right pairs.
-    no = (log_one_minus_s(s_wrong).mean() + log_one_minus_s(s_fake).mean()) / 2
-    return -(log_s(s_real).mean() + no)
+    no = (log_one_minus_s(l_wrong).mean() + log_one_minus_s(l_fake).mean()) / 2
+    return -(log_s(l_real).mean() + no)
 
 
-def generator_loss(s_fake):
+def generator_loss(l_fake):
     """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32."""
     # Alg. 1, line 12:  L_G = log(s_f)
     # Eq. 1 asks for min log(1 - s_f). Its derivative with respect to the logit is -s_f: almost 0
     # where D is sure (s_f near 0), and G would not learn. That of log(s_f) is 1 - s_f, almost 1.
-    return -log_s(s_fake).mean()
+    return -log_s(l_fake).mean()
 
 
 # ---- 4.3  Learning with manifold interpolation (GAN-INT) -------------------------------------
 
 def interpolate(h1, h2, beta=0.5):
-    """[A] eq. 5: the embedding of a sentence that nobody wrote, between two that exist.
+    """The text in [A] eq. 5: the embedding of a sentence that nobody wrote, between two that exist.
 
     h1, h2 (N, 1024) -> (N, 1024).
     """
@@ -221,6 +221,9 @@ def update(optimizer, loss, scaler):
 def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view=nn.Identity(),
                  extra_G_loss=None, amp=contextlib.nullcontext(), scaler=None):
     """One step of [A] Algorithm 1: D up its objective, then G up its own.
+
+    Lines 3 and 4, h = phi(t), are done before: phi is trained first (encoder.py) and then fixed,
+    so every caption is embedded once.
 
     x (B, 3, 64, 64) real images in [-1, 1], h (B, 1024) their texts, h_wrong (B, 1024) texts of
     other classes. The two switches give the paper's four models: GAN (neither), GAN-CLS (cls),
@@ -244,30 +247,30 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     with amp:
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
 
-    # (1) D: maximise  log(s_real) + (log(1 - s_wrong) + log(1 - s_fake)) / 2
+    # (1) D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
     with amp:
         f_real = D.features(view(x))                        # once, for both texts
-        s_real = D.score(f_real, h)                         # line 7:  {real image, right text}
-        s_wrong = D.score(f_real, h_wrong) if cls else None     # line 8:  {real image, wrong text}
-        s_fake = D(view(x_fake[:B].detach()), h)            # line 9:  {fake image, right text}
-    loss_D = discriminator_loss(s_real, s_wrong, s_fake)    # line 10; without the blends
+        l_real = D.score(f_real, h)                         # line 7:  {real image, right text}
+        l_wrong = D.score(f_real, h_wrong) if cls else None     # line 8:  {real image, wrong text}
+        l_fake = D(view(x_fake[:B].detach()), h)            # line 9:  {fake image, right text}
+    loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10; without the blends
     update(opt_D, loss_D, scaler)                           # line 11
 
-    # (2) G: maximise  log(s_fake), and eq. 5's log(s) of G(z, blend) with the blend
+    # (2) G: maximise  L_G = log(s_f), and eq. 5's log(s) of G(z, blend) with the blend
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
-        s_G = D(view(x_fake), texts)                        # s_f again, by the D of line 11
-    loss_G = generator_loss(s_G[:B])                        # line 12
+        l_G = D(view(x_fake), texts)                        # line 9 again, by the D of line 11
+    loss_G = generator_loss(l_G[:B])                        # line 12
     if int_:
         # Eq. 5, -log D as in line 12. A mean of its own, as heavy as that of the captions, so
         # that blends are half of the sum. In the authors' code one mean is over both: a third.
-        loss_G = loss_G + generator_loss(s_G[B:])
+        loss_G = loss_G + generator_loss(l_G[B:])
     extra = extra_G_loss(z, texts, x_fake) if extra_G_loss else 0
     update(opt_G, loss_G + extra, scaler)                   # line 13
     D.requires_grad_(True)
 
     out = {"loss_D": loss_D, "loss_G": loss_G}
-    for name, logits in (("D(real)", s_real), ("D(wrong)", s_wrong), ("D(fake)", s_fake)):
+    for name, logits in (("D(real)", l_real), ("D(wrong)", l_wrong), ("D(fake)", l_fake)):
         if logits is not None:
             out[name] = logits.float().sigmoid().mean()
     return {name: value.detach() for name, value in out.items()}

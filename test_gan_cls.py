@@ -381,7 +381,7 @@ def grade_discriminator_loss(solution):
          "The wrong text and the fake image share the weight of one \"no\"."),
         ("the wrong text", -(log(s_r) + (log(s_w) + log(1 - s_f)) / 2).mean(),
          "A real image with a wrong text must be refused: log(1 - s_w)."),
-        ("s_wrong", -(log(s_r) + log(1 - s_f)).mean(),
+        ("l_wrong", -(log(s_r) + log(1 - s_f)).mean(),
          "It is given, but it is not used."),
         ("the sigmoid", -(log(s_r2) + (log(1 - s_w2) + log(1 - s_f2)) / 2).mean(),
          "It is taken twice: the inputs are logits, s = sigmoid(logit)."),
@@ -390,7 +390,7 @@ def grade_discriminator_loss(solution):
                  "L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2, s = sigmoid(logit)")
     check_gradient(where, solution, REAL, WRONG, FAKE)
 
-    where = "eq. 1, the plain GAN, s_wrong=None"
+    where = "eq. 1, the plain GAN, l_wrong=None"
     try:
         got = attempt(where, solution, REAL, None, FAKE)
     except (AttributeError, TypeError) as error:
