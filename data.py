@@ -111,7 +111,8 @@ def load(name, source=None):
         digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         folder = CACHE / f"{short_name(name)}-{digest}"
         if not (folder / "meta.json").exists():
-            print(f"preparing {name}: this is done once and kept in {folder}")
+            source = f" from {', '.join(map(str, paths))}" if paths else ""
+            print(f"preparing {name}{source}: this is done once and kept in {folder}")
             write_cache(folder, short_name(name), paths, *build(*paths))
     ds = read_cache(folder, name)
 
@@ -565,11 +566,16 @@ def table_rows(table, content):
 # The shortest builder to copy is build_flowers. It gets the paths of the images and the captions,
 # and returns Examples, the names of the unseen classes, and a line for each thing left out.
 #     read_files(path, IMAGE_NAMES).images    {path: (pixels, window)} of a folder or an archive,
-#                   None for an image that cannot be read: leave it out, it is in .skipped already
+#                   None for an image that cannot be read: leave it out, it is in .skipped already.
+#                   In an archive the path has the folders around it, too; listed_name(path), its
+#                   CLASS/NAME, is the same for both
+#     read_caption_archive    a .txt for each image. It counts classes by the numbers in names such
+#                   as 013.Bobolink or class_00013; for others name the unseen classes yourself
 #     decode_text(read_bounded(path))         the text of one file, for captions in a form of your
 #                   own; then clean_captions(list of strings). A line for an image without a caption
 #                   ends with NO_CAPTION.
-# Before G train its text encoder, for photographs longer than by default: encoder.py --steps 6000.
+# Before G train its text encoder, for photographs longer than by default:
+#     python encoder.py --dataset NAME --from DIR --steps 6000
 @dataclass
 class Entry:
     build: callable         # function of the paths -> (examples, names of unseen classes, skipped)
@@ -615,6 +621,7 @@ def find_files(name, source):
     paths = []
     for kind in ("images", "captions"):
         names = getattr(DATASETS[name], kind)
+        assert isinstance(names, tuple), f"{kind} of {name}: a tuple, so with a comma: {names!r}"
         there = [folder / file for file in names if (folder / file).exists()]
         if not names:                   # a row of one kind: all is in one file
             continue
@@ -781,7 +788,7 @@ def read_caption_archive(captions_path, images, unseen):
 
 def class_key(label):
     """013.Bobolink -> 13, class_00013 -> 13; a name without a number stays as it is."""
-    number = re.match(r"\D*(\d{1,9})", label.split(".")[0])
+    number = re.match(r"(?:class_)?(\d{1,9})(?:\.|$)", label.lower())
     return int(number[1]) if number else label.lower()
 
 
@@ -1095,13 +1102,17 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
     """Write a cache to a folder of another name, which is then renamed: a killed or a second
     process never leaves half of one. label: its `short_name`."""
     if not examples:
-        why = f": {skipped[0]} ({len(skipped)} in all)" if skipped else ""
+        without = [line for line in skipped if line.endswith(NO_CAPTION)]
+        why = f": {(without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
         raise UserError(f"{label}: found no image with a caption{why}")
     for example in examples:                        # mistakes of a new builder
+        assert isinstance(example.pixels, np.ndarray), "pixels: the first of (pixels, window)"
+        assert isinstance(example.label, str), f"a label is its class's name: {example.label!r}"
         assert example.pixels.dtype == np.uint8, f"pixels of {example.pixels.dtype}, not uint8"
         assert example.pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3), example.pixels.shape
         assert example.captions and not isinstance(example.captions, str), example.captions
     class_names = sorted({example.label for example in examples})
+    assert not unseen or set(unseen) & set(class_names), f"no class is called {list(unseen)[:5]}"
     number_of = {name: number for number, name in enumerate(class_names)}
     arrays = {
         "images": np.stack([example.pixels for example in examples]),
@@ -1444,7 +1455,8 @@ def checkpoint_errors(path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} does not fit this version's networks ({type(error).__name__})"
+        raise UserError(f"{path} does not fit this version's networks ({type(error).__name__}): "
+                        "it is damaged, or of other code; train it again, into another folder"
                         ) from None
 
 
@@ -1538,9 +1550,9 @@ def grad_scaler(device, precision):
 def add_options(add):
     """The options that all scripts with a data set have. add: a parser's add_argument."""
     add("--dataset", default="toy",
-        help="toy (default), cub, cub-box, flowers, or a folder or .zip of images with captions")
+        help=f"{', '.join(DATASETS)}, or a folder or .zip of images with captions (default: toy)")
     add("--from", dest="source", metavar="DIR",
-        help="folder with the files of cub or flowers that you fetched by hand")
+        help="folder with the files of a data set, such as cub, that you fetched by hand")
 
 
 def main():

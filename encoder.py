@@ -376,7 +376,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
     phi, v = ema
     whiten(phi, v, texts[::1 + len(texts) // 20_000], precision)    # some 20,000 are enough
     settings = dict(dataset=ds.name, digest=ds.digest(), cnn_dim=cnn_dim, steps=steps, seed=seed,
-                    image_side=image_side, precision=precision)
+                    image_side=image_side, precision=precision, size=data.CROP)
     return dict(kind="encoder", settings=settings, phi=phi.state_dict(), v=v.state_dict())
 
 
@@ -575,16 +575,20 @@ def encoder_in(path):
 
 def check_encoder(checkpoint, path, ds, image_side=None):
     """Raises UserError where the encoder in `path` was trained on other captions or another split
-    than ds has, or with another image side than is asked for (None: any).
+    than ds has, on images of another size, or with another image side than asked for (None: any).
     """
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         trained_on = settings["dataset"]
         trained_side = settings["image_side"]
         digest = settings.get("digest")
+        size = settings.get("size", 64)
     if digest != ds.digest():
         raise UserError(f"{path} was trained on {trained_on}, with other captions, classes or "
                         f"split than {ds.name} has now: remove it, and run this again")
+    if trained_side == "conv" and size != data.CROP:
+        raise UserError(f"{path} was trained on images of {size}x{size}, now they are {data.CROP}x"
+                        f"{data.CROP}: remove it, and run this again")
     if image_side not in (None, trained_side):
         raise UserError(f"{path} was trained with image side {trained_side}, not {image_side}: "
                         "remove it, and run this again")

@@ -1897,7 +1897,7 @@ def test_caption_table_belongs_to_weights_captions_and_precision(here):
 
 # ---- Which encoder a run uses ----------------------------------------------------------------
 
-def test_get_encoder_trains_once_and_knows_its_data(here, short_training):
+def test_get_encoder_trains_once_and_knows_its_data(here, short_training, monkeypatch):
     ds = small_data(here)
     lines = []
     first = encoder.get_encoder(ds, log=lines.append)
@@ -1913,6 +1913,10 @@ def test_get_encoder_trains_once_and_knows_its_data(here, short_training):
 
     with pytest.raises(data.UserError, match="image side conv, not features: remove it"):
         encoder.get_encoder(ds, image_features="f.npy", log=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "CROP", 128)
+        with pytest.raises(data.UserError, match="runs.*images of 64x64, now they are 128x128"):
+            encoder.get_encoder(ds, log=silent)
     ds.captions[0] = ["a caption that was mended"]
     with pytest.raises(data.UserError, match="runs.*own-mine.*other captions.*has now: remove it"):
         encoder.get_encoder(ds, log=silent)
@@ -2707,12 +2711,23 @@ def test_a_new_row_without_addresses(here, monkeypatch):
 @pytest.mark.parametrize("field, value, message", [
     ("pixels", np.zeros((76, 76, 3)), "pixels of float64"),
     ("pixels", np.zeros((64, 64, 3), np.uint8), "64, 64, 3"),
+    ("pixels", (np.zeros((76, 76, 3), np.uint8), None), "the first of"),
+    ("label", 3, "its class's name: 3"),
     ("captions", "a bird", "a bird"),
     ("captions", [], r"\[\]")])
 def test_mistakes_of_a_new_builder_are_named(here, field, value, message):
     good = data.Example(np.zeros((76, 76, 3), np.uint8), ["a bird"], "kind", 0)
     with pytest.raises(AssertionError, match=message):
         data.write_cache(here / "cache/x", "x", [], [good._replace(**{field: value})], [], [])
+    with pytest.raises(AssertionError, match="no class is called \\['kid'\\]"):
+        data.write_cache(here / "cache/x", "x", [], [good], {"kid"}, [])
+
+
+@pytest.mark.parametrize("label, key", [
+    ("013.Bobolink", 13), ("class_00013", 13), ("13", 13), ("Bobolink", "bobolink"),
+    ("Boeing-747.x", "boeing-747.x"), ("3d birds", "3d birds")])
+def test_a_class_is_known_by_the_number_before_its_name(label, key):
+    assert data.class_key(label) == key
 
 
 def test_a_cache_depends_on_all_code_that_builds_it(here, monkeypatch):
