@@ -101,10 +101,10 @@ def load(name, source=None):
     if name not in DATASETS and not Path(name).exists():
         raise UserError(f"unknown data set {name!r}: expected {', '.join(DATASETS)}, "
                         "or a folder or .zip file of images with captions")
+    # paths: the files of the newest cache; none for toy, with `source`, or where there is no cache.
     folder, paths = (None, []) if source else newest_cache(name)
-    # paths: what the newest cache was made from; none for toy, with `source`, or without a cache.
-    # Where one of them is gone since, that cache is taken as it is; else the one of today's files.
-    if all(path.exists() for path in paths):
+    removed = any(not path.exists() for path in paths)      # to save space, say: the cache stays
+    if not removed:
         paths = paths or find_files(name, source)
         build = DATASETS.get(name, OWN_FOLDER).build
         made_from = (CACHE_FORMAT, IMAGE_SIZE, building_code(), file_stamps(paths))

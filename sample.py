@@ -126,7 +126,7 @@ def grid_of_texts(model, h, z):
 
 
 def grid_between_texts(model, h_from, h_to, z, steps):
-    """[A] section 4.3, figure 8 left: a row keeps its noise, the text moves.
+    """[A] figure 8 left: a row keeps its noise, the text moves.
 
     h_from, h_to (1024,), z (rows, 100); steps: numbers from 0 (h_from) to 1 (h_to).
     """
