@@ -111,8 +111,8 @@ def load(name, source=None):
         digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
         folder = CACHE / f"{short_name(name)}-{digest}"
         if not (folder / "meta.json").exists():
-            source = f" from {', '.join(map(str, paths))}" if paths else ""
-            print(f"preparing {name}{source}: this is done once and kept in {folder}")
+            made_of = f" from {', '.join(map(str, paths))}" if paths else ""
+            print(f"preparing {name}{made_of}: this is done once and kept in {folder}")
             write_cache(folder, short_name(name), paths, *build(*paths))
     ds = read_cache(folder, name)
 

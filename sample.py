@@ -371,7 +371,7 @@ class Scorers:
     def say_little(self, top_1):
         """top_1: `matched` of the real images. Is it so low that the figures mean little? The
         rule: less than a third of the way from chance to 1."""
-        return len(self.unseen[0].classes) > 1 and top_1 - self.chance <= (1 - self.chance) / 3
+        return top_1 - self.chance <= (1 - self.chance) / 3
 
 
 # ---- The figures, each a function ------------------------------------------------------------
@@ -723,8 +723,8 @@ def measure_runs(args):
           "papers, compare it within this table.")
     top_1 = references["sentences matched, top-1"]["real images"]
     if scorers.say_little(top_1):
-        print(f"The scorers name the class of only {top_1:.0%} of the real images (chance: "
-              f"{scorers.chance:.0%}), so on this data set 'sentences matched' and the Frechet "
+        print(f"The scorers name the class of {top_1:.0%} of the real images, by chance it would "
+              f"be {scorers.chance:.0%}: on this data set 'sentences matched' and the Frechet "
               "distance say little.")
     print_json(models, figures, references, test, args.truncation)
 

@@ -2719,6 +2719,10 @@ def test_mistakes_of_a_new_builder_are_named(here, field, value, message):
     good = data.Example(np.zeros((76, 76, 3), np.uint8), ["a bird"], "kind", 0)
     with pytest.raises(AssertionError, match=message):
         data.write_cache(here / "cache/x", "x", [], [good._replace(**{field: value})], [], [])
+
+
+def test_a_split_that_names_no_class_is_a_mistake_of_the_builder(here):
+    good = data.Example(np.zeros((76, 76, 3), np.uint8), ["a bird"], "kind", 0)
     with pytest.raises(AssertionError, match="no class is called \\['kid'\\]"):
         data.write_cache(here / "cache/x", "x", [], [good], {"kid"}, [])
 
