@@ -172,8 +172,8 @@ def toy_species(rng, count):
     while len(species) < count:
         body = rng.choice(names)
         new = [body]
-        for _ in ("wing", "crown", "belly"):            # half of the parts look like the body
-            new.append(body if rng.random() < 0.5 else rng.choice(names))
+        for _ in ("wing", "crown", "belly"):
+            new.append(toy_part_colour(rng, body))
         if all(differences(new, old) >= 2 for old in species):
             species.append(tuple(new))
 
@@ -182,6 +182,11 @@ def toy_species(rng, count):
         birds.append(dict(body=body, wing=wing, crown=crown, belly=belly,
                           bill=rng.choice(list(BILLS)), billcolour=rng.choice(BILL_COLOURS)))
     return birds        # those of one colour come first: they are trained on
+
+
+def toy_part_colour(rng, body):
+    """Half of the parts look like the body."""
+    return body if rng.random() < 0.5 else rng.choice(list(COLOURS))
 
 
 def differences(a, b):
@@ -214,10 +219,11 @@ def toy_captions(rng, bird):
 def toy_draw(rng, bird):
     """One image of a bird: (76, 76, 3) uint8, its box (4,) and its six keypoints (6, 2)."""
     S = 3                                       # drawn three times as large, then averaged
+    pixel = S * IMAGE_SIZE / 76                 # numbers below are for an image of 76x76
     facing = rng.choice([-1, 1])
-    unit = S * rng.uniform(50, 58)              # pixels of one unit of length
-    centre_x = S * rng.uniform(34, 39)
-    centre_y = S * rng.uniform(38, 43)
+    unit = pixel * rng.uniform(50, 58)          # one unit of length
+    centre_x = pixel * rng.uniform(34, 39)
+    centre_y = pixel * rng.uniform(38, 43)
     background = [min(255, c + rng.randint(-10, 10)) for c in rng.choice(BACKGROUNDS)]
     tint = rng.randint(-8, 8)
     tilt = 3 * rng.uniform(-0.05, 0.05)
@@ -250,7 +256,7 @@ def toy_draw(rng, bird):
     branch = [(-3, 0.40 - tilt), (3, 0.40 + tilt), (3, 0.47 + tilt), (-3, 0.47 - tilt)]
     pen.polygon([at(x, y) for x, y in branch], fill=(112, 80, 56))
     for x in (-0.02, 0.10):                                                         # legs
-        pen.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=S + 1)
+        pen.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=round(pixel) + 1)
     tail = [(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)]
     shape(tail, colour(bird["body"], 0.82))
     oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
@@ -286,6 +292,40 @@ def toy_examples(number, bird, label):
         captions = toy_captions(rng, bird)
         examples.append(Example(pixels, captions, label, 40 * number + i, box, keypoints))
     return examples
+
+
+def toy_bird_for(rng, caption):
+    """A bird of which a caption of `toy_captions` is true: what is not named is drawn at random,
+    as `toy_species` draws it."""
+    caption = caption.replace("an orange", "a orange")
+    values = dict(bill=BILLS, billcolour=BILL_COLOURS)      # of the other parts: COLOURS
+    named = {}
+    for form in BEGINNINGS + ONE_COLOUR_BEGINNINGS + sum(PARTS, []):
+        found = re.search(re.sub(r"{(\w+)}", r"(?P<\1>\\w+)", form), caption)
+        if not found:
+            continue
+        for part, word in found.groupdict().items():
+            if word in values.get(part, COLOURS):
+                named[part] = word
+        if form in ONE_COLOUR_BEGINNINGS:
+            named.update(dict.fromkeys(("wing", "crown", "belly"), named["body"]))
+
+    # Bayes' rule: a part has its body's colour with probability 9/16, each other one with 1/16.
+    colours = [named[part] for part in ("wing", "crown", "belly") if part in named]
+    weights = [9 ** colours.count(colour) for colour in COLOURS]
+    bird = dict(body=rng.choices(list(COLOURS), weights)[0])
+    bird.update(named)
+    for part in ("wing", "crown", "belly"):
+        bird.setdefault(part, toy_part_colour(rng, bird["body"]))
+    bird.setdefault("bill", rng.choice(list(BILLS)))
+    bird.setdefault("billcolour", rng.choice(BILL_COLOURS))
+    return bird
+
+
+def toy_images_for(captions, seed=0):
+    """What one can draw who knows the sentence alone: an image for each -> (N, 76, 76, 3) uint8."""
+    rng = random.Random(seed)
+    return np.stack([toy_draw(rng, toy_bird_for(rng, caption))[0] for caption in captions])
 
 
 def build_toy():
@@ -567,13 +607,16 @@ def table_rows(table, content):
 # and returns Examples, the names of the unseen classes, and a line for each thing left out.
 #     read_files(path, IMAGE_NAMES).images    {path: (pixels, window)} of a folder or an archive,
 #                   None for an image that cannot be read: leave it out, it is in .skipped already.
-#                   In an archive the path has the folders around it, too; listed_name(path), its
-#                   CLASS/NAME, is the same for both
+#                   In an archive the path has the folders around it, too. The same for both are
+#                   posixpath.basename(path), and where each class has a folder listed_name(path),
+#                   its CLASS/NAME without the ending
 #     read_caption_archive    a .txt for each image. It counts classes by the numbers in names such
 #                   as 013.Bobolink or class_00013; for others name the unseen classes yourself
 #     decode_text(read_bounded(path))         the text of one file, for captions in a form of your
 #                   own; then clean_captions(list of strings). A line for an image without a caption
 #                   ends with NO_CAPTION.
+# Read no file outside the paths that you get: a cache is built again only where they change. A list
+# of unseen classes lies with the images or the captions, or stands in the code.
 # Before G train its text encoder, for photographs longer than by default:
 #     python encoder.py --dataset NAME --from DIR --steps 6000
 @dataclass
@@ -1113,6 +1156,9 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
         assert example.captions and not isinstance(example.captions, str), example.captions
     class_names = sorted({example.label for example in examples})
     assert not unseen or set(unseen) & set(class_names), f"no class is called {list(unseen)[:5]}"
+    gone = sorted(set(unseen) - set(class_names))
+    if gone:
+        skipped = [*skipped, f"unseen classes without an image: {', '.join(gone)}"]
     number_of = {name: number for number, name in enumerate(class_names)}
     arrays = {
         "images": np.stack([example.pixels for example in examples]),

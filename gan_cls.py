@@ -96,10 +96,10 @@ class Generator(nn.Module):
             deconv(4 * ngf, 2 * ngf), nn.BatchNorm2d(2 * ngf), relu,        # (B, 2*ngf, 16, 16)
             deconv(2 * ngf, ngf), nn.BatchNorm2d(ngf), relu,                # (B,   ngf, 32, 32)
             # For 128x128 add a line here: deconv(ngf, ngf), nn.BatchNorm2d(ngf), relu,
-            # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py
-            # (not for the toy birds, which are drawn for 76). Trained networks no longer fit, and
-            # the tests are for 64x64. Two lengths in pixels may be left as they are: `shift` in
-            # augment, the six rows in sample.py's background_kept.
+            # one at the place that ImageTower marks, and double IMAGE_SIZE and CROP in data.py.
+            # Trained networks no longer fit; the tests and the shapes in comments are for 64x64.
+            # Two lengths in pixels may be left as they are: `shift` in augment, the six rows in
+            # sample.py's background_kept.
             deconv(ngf, 3), nn.Tanh())                                      # (B,     3, 64, 64)
         init_weights(self)
 

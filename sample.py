@@ -511,6 +511,11 @@ def measure_references(test, scorers, probe, phi):
         "sentences matched, top-1": {"real images": top_1, "chance": scorers.chance},
         "sentences matched, top-5": {"real images": top_5, "chance": min(1, 5 * scorers.chance)},
         "Frechet distance": frechet_references(test, scorers)}
+    if test.ds.name == "toy":       # a sentence leaves out some of what distinguishes a species
+        drawn = torch.from_numpy(data.toy_images_for(test.texts))
+        x = centre_crops(drawn, torch.arange(len(drawn))).to(test.x.device)
+        for k, share in zip((1, 5), scorers.matched(x)):
+            out[f"sentences matched, top-{k}"]["drawn from the sentence alone"] = share
     if probe is not None:
         query, other = style_queries(test)
         x = test.x[query]

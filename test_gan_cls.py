@@ -2042,6 +2042,48 @@ def test_toy_images_carry_the_colours_that_captions_name():
     assert np.mean(hits) > 0.95
 
 
+def test_toy_bird_for_a_caption_has_what_it_names_and_the_rest_at_random():
+    rng = random.Random(4)
+    parts = ["body", "wing", "crown", "belly", "bill", "billcolour"]
+    forms = data.BEGINNINGS + data.ONE_COLOUR_BEGINNINGS + sum(data.PARTS, [])
+    for bird in data.toy_species(rng, 60):
+        for caption in data.toy_captions(rng, bird):
+            other = data.toy_bird_for(rng, caption)
+            assert sorted(other) == sorted(parts)
+            for form in forms:                          # what is said of one is true of the other
+                if form.format(**bird) in caption.replace("an orange", "a orange"):
+                    assert form.format(**other) == form.format(**bird)
+            if any(form.format(**bird) in caption for form in data.ONE_COLOUR_BEGINNINGS):
+                assert len({other[part] for part in parts[:4]}) == 1
+
+    # What is not named: 9 of 16 parts have the body's colour, as in toy_species.
+    seen = []
+    for _ in range(2000):
+        bird = data.toy_bird_for(rng, "a red bird with a white crown and a long bill")
+        assert (bird["body"], bird["crown"], bird["bill"]) == ("red", "white", "long")
+        seen.append(bird["wing"] == "red")
+    assert abs(np.mean(seen) - 9 / 16) < 0.04
+    bodies = []                                         # Bayes: 9 of the 9 + 7 weights are white
+    for _ in range(2000):
+        bodies.append(data.toy_bird_for(rng, "this bird has a white crown")["body"] == "white")
+    assert abs(np.mean(bodies) - 9 / 16) < 0.04
+    images = data.toy_images_for(["an all red bird", "a blue bird that has a short bill"])
+    assert images.shape == (2, 76, 76, 3) and images.dtype == np.uint8
+
+
+def test_toy_drawing_grows_with_the_image_size(monkeypatch):
+    """The README's 128x128: the same bird, in the middle of a larger image."""
+    bird = data.toy_species(random.Random(0), 9)[8]
+    small = data.toy_draw(random.Random(1), bird)
+    monkeypatch.setattr(data, "IMAGE_SIZE", 152)
+    large = data.toy_draw(random.Random(1), bird)
+    assert large[0].shape == (152, 152, 3)
+    for a, b in zip(small[1:], large[1:]):
+        np.testing.assert_allclose(2 * a, b, atol=0.5)
+    half = large[0].reshape(76, 2, 76, 2, 3).mean((1, 3))
+    assert np.abs(half - small[0]).mean() < 4
+
+
 def test_toy_style_is_not_in_the_captions(toy):
     words = set()
     for captions in toy.captions:
@@ -2725,6 +2767,8 @@ def test_a_split_that_names_no_class_is_a_mistake_of_the_builder(here):
     good = data.Example(np.zeros((76, 76, 3), np.uint8), ["a bird"], "kind", 0)
     with pytest.raises(AssertionError, match="no class is called \\['kid'\\]"):
         data.write_cache(here / "cache/x", "x", [], [good], {"kid"}, [])
+    data.write_cache(here / "cache/x", "x", [], [good], {"kind", "kid"}, [])
+    assert (here / "cache/x/skipped.txt").read_text() == "unseen classes without an image: kid\n"
 
 
 @pytest.mark.parametrize("label, key", [
@@ -3434,9 +3478,10 @@ def test_a_rehearsal_leaves_no_trace():
         train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong)
 
 
-def test_a_compiled_step_has_the_eager_gradients():
+def test_a_compiled_step_has_the_eager_gradients(monkeypatch):
     """All convolutions of D and G are in captured graphs, and one step's gradients are eager's."""
     counted = []
+    lines = []
 
     def counting(graph, inputs):
         for node in graph.graph.nodes:
@@ -3448,10 +3493,9 @@ def test_a_compiled_step_has_the_eager_gradients():
         run, batches = random_run("paper")
         run.opt_D.param_groups[0]["lr"] = 0.0       # Adam would enlarge differences of rounding
         if backend:
-            torch._dynamo.reset()
-            for net, method in ((run.G, "forward"), (run.D.features, "forward"), (run.D, "score")):
-                compiled = torch.compile(getattr(net, method), dynamic=False, backend=backend)
-                setattr(net, method, compiled)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+                train.compile_networks(run, batches, lines.append)
         torch.manual_seed(0)
         x, h, h_wrong = batches.batch(torch.arange(8))
         train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong)
@@ -3460,6 +3504,7 @@ def test_a_compiled_step_has_the_eager_gradients():
     for net in (run.G, run.D):
         for module in net.modules():
             convolutions += isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
+    assert not any("not compiled" in line for line in lines)
     assert len(counted) >= convolutions > 20 - 3
     for other in found[1:]:
         for a, b in zip(found[0], other):

@@ -666,7 +666,8 @@ def parse_args():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=count, help="length of training (paper: 600)")
     length.add_argument("--steps", type=count,
-                        help="length in steps (toy: 6,000, quick: 25,000, paper: 600 epochs)")
+                        help="length in steps (toy: 6,000, quick: 25,000, paper: 600 epochs); "
+                             f"S has {STYLE_STEPS:,} more")
     add("--batch-size", type=count, help="default: of recipe paper 64, of the others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
