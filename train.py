@@ -63,7 +63,8 @@ RECIPES = {
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
         augment=True,           # D sees images shifted, lighter, darker: it memorises less
         sharpen=0.0,            # off; above 0 D sees images with more fine detail, see "toy"
-        mode_seeking=0.05,      # a term of G's loss: other z, other images; with 0 G ignored z
+        mode_seeking=0.05,      # term of G's loss: other z, other images; without it and style, z
+                                # had hardly any effect
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
         ema=0.998,              # samples use a moving average of G over about 500 steps
