@@ -883,7 +883,7 @@ def read_files(path, pattern, box_of=None):
             skipped.append(f"{name}: {error}")
 
     with ThreadPoolExecutor() as pool:          # Pillow decodes outside Python's lock
-        for name, content in members(path, pattern):
+        for name, content in iterate_files(path, pattern):
             if content is None:
                 skipped.append(f"{name}: is a link or a device, not a file")
             elif is_called(name, IMAGE_NAMES):
@@ -899,7 +899,7 @@ def read_files(path, pattern, box_of=None):
     return Files({name: images[name] for name in in_order}, texts, sorted(skipped))
 
 
-def members(path, pattern):
+def iterate_files(path, pattern):
     """(path, bytes) of each file with the pattern in its path, of a folder, a .zip or a .tar, also
     a compressed one. Bytes are None for what is no plain file. Hidden files are no data. Nothing
     is unpacked to disk. Archives are read to their end, so that a broken-off one is noticed.

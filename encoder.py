@@ -4,8 +4,8 @@
 Descriptions, CVPR 2016. [A] tells it in short in section 3.2; the equation numbers here are [A]'s.
 phi(t) is a char-CNN-RNN over the letters of a caption t. The image side, v(x), is a small
 convolutional network or 1024 features that are given. Both are trained so that the score
-v(x) . phi(t) is large where t describes x. ([A] writes v for the image, and for its embedding
-another letter phi than for the text's; we write x and v(x).)
+v(x) . phi(t) is large where t describes x. (In eq. 2 to 4 [A] writes v for an image, and for
+its embedding another letter phi than for the text's; we write x and v(x).)
 
     python encoder.py --dataset toy                             # train, then measure
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
@@ -118,7 +118,7 @@ def embed(phi, texts, precision="fp32", batch=512):
 def joint_embedding_loss(image_emb, text_emb):
     """[A] eq. 2, made convex. (N, 1024) each -> scalar, float32.
 
-    Row i of both comes from one pair (image, caption), and every row from another class.
+    Row i of both comes from one right pair (image, caption); no two rows are of one class.
     """
     # Eq. 2:  1/N sum_n  Delta(y_n, f_v(x_n)) + Delta(y_n, f_t(t_n)),  Delta the 0-1 loss
     # It counts the mistakes of the classifiers of eq. 3 and 4, and a count has no gradient. In its
@@ -242,12 +242,12 @@ CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then ve
 # also learns the training classes so closely that G does worse: of the toy birds' images 47 and
 # 48 % matched their sentence, without it 51 and 51 % (weights/README.md, "Toy birds").
 HOLD = 0.5          # share of the steps with RATE; then it falls in a straight line
-LAST_RATE = 0.05    # the last rate, as a share of RATE: CUB, top-1 36 % before the fall, 45 % after
-EMA = 0.999         # phi and v are the moving average of their weights: CUB, top-1 38 % -> 40 %
+LAST_RATE = 0.05    # the last rate, as a share of RATE
+EMA = 0.999         # phi and v are the moving average of their weights
 
 # Only for given features:
 DROP = 0.3          # dropout of an image's given features: less is memorised, so more steps help
-MIX = 0.7           # they are blended with those of another image of the class: its largest share
+MIX = 0.7           # a second image of the class is blended in, with a random weight from 0 to this
 
 
 def learning_rate(step, steps, hold=HOLD):
@@ -259,7 +259,7 @@ def learning_rate(step, steps, hold=HOLD):
 
 
 class Minibatches:
-    """What eq. 2 asks for: images and captions of which each pair is of another class.
+    """What the hinge for eq. 2 asks for: right pairs (image, caption), no two of one class.
 
     features: (N, 1024) of the given image side, or None for the images themselves.
     """

@@ -247,7 +247,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     with amp:
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
 
-    # (1) D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
+    # (1) Update D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
     with amp:
         f_real = D.features(view(x))                        # once, for both texts
         l_real = D.score(f_real, h)                         # line 7:  {real image, right text}
@@ -256,7 +256,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10; without the blends
     update(opt_D, loss_D, scaler)                           # line 11
 
-    # (2) G: maximise  L_G = log(s_f), and eq. 5's log(s) of G(z, blend) with the blend
+    # (2) Update G: maximise  L_G = log(s_f), and for eq. 5  log D(G(z, blend), blend)
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
         l_G = D(view(x_fake), texts)                        # line 9 again, by the D of line 11

@@ -4,7 +4,7 @@
     python sample.py --interpolate "a bright red bird" "an all blue bird" # phi moves, z stays
     python sample.py --interpolate-style "an all black bird"              # z moves, phi stays
     python sample.py "an all black bird" --style query.jpg other.jpg      # z = S(query)
-    python sample.py --measure runs/toy-gan runs/toy-gan-cls              # figures, side by side
+    python sample.py --measure runs/toy-gan runs/toy-gan-cls              # results, side by side
 
 The first half of this file makes grids of images: [A] figures 3, 4, 6 and 8. The second half
 measures runs on the images of unseen classes: style verification ([A] section 5.2, figure 5),
@@ -30,7 +30,7 @@ from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate
 
 TRUNCATION = 1.0             # what z is multiplied with: 1 is the z of training
 BATCH = 256                  # images that go through a network at once
-SCORER_SEEDS = (1, 2, 3)     # the figures of `Scorers` are means over three trained networks
+SCORER_SEEDS = (1, 2, 3)     # the measures of `Scorers` are means over three trained networks
 
 
 # ---- A trained run ---------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def noise(n, generator, truncation=1.0):
 
     Below 1, z lies nearer to its mean than in training: the images of a text differ less, and
     fewer of them go wrong. Not in the paper: the truncation trick of BigGAN (Brock et al., ICLR
-    2019), which draws large values anew where we scale all.
+    2019), which draws large values again where we scale all.
     """
     return truncation * torch.randn(n, Z_DIM, generator=generator)
 
@@ -271,7 +271,7 @@ def verify_style(emb, pairs):
     return float(np.mean([auc(scores, same) for scores, same in pair_scores(emb, pairs)]))
 
 
-# ---- What the figures are taken on -----------------------------------------------------------
+# ---- What is measured, and by what -----------------------------------------------------------
 
 # The images of the unseen classes: index (n,) in the data set, x (n, 3, 64, 64) in [-1, 1] their
 # centre crops, labels (n,), texts: one caption of each. pairs: {"background": folds, "pose": folds}
@@ -330,7 +330,7 @@ class Scorers:
     """Three text encoders with their image sides, which say how well images fit sentences.
 
     Each is trained on the training classes, with a seed of its own, and kept in runs/. No G was
-    trained with one of them. What one says depends much on its seed: a figure is their mean.
+    trained with one of them. What one says depends much on its seed: a measure is their mean.
     """
 
     def __init__(self, test, device, precision, log=print):
@@ -369,12 +369,12 @@ class Scorers:
         return [feature_map(v, x).mean((2, 3)) for v in self.image_encoders]
 
     def say_little(self, top_1):
-        """top_1: `matched` of the real images. Is it so low that the figures mean little? The
+        """top_1: `matched` of the real images. Is it so low that it means little? The
         rule: less than a third of the way from chance to 1."""
         return top_1 - self.chance <= (1 - self.chance) / 3
 
 
-# ---- The figures, each a function ------------------------------------------------------------
+# ---- The measures, each a function -----------------------------------------------------------
 
 def frechet_distance(a, b):
     """Frechet distance of the two Gaussians fitted to features a (N, d) and b (M, d), >= 0.
@@ -458,17 +458,17 @@ def direction_kept(y, direction, v, probe):
     return (found == direction).float().mean().item()
 
 
-# ---- Measuring: the figures of a run, and of real images to compare them with ----------------
+# ---- Measuring a run, and real images to compare it with -------------------------------------
 
 def measure_run(model, test, scorers, probe, truncation=1.0):
-    """The figures of a run on the unseen classes -> {name: number}.
+    """The results of a run on the unseen classes -> {name: number}.
 
     Those of S are left out in a run without S, those of the keypoints where there are none.
     """
     h = embed(model.phi, test.texts)                                            # (n, 1024)
     fake = from_pixels(generate_for(model, h, 0, truncation), model.device)     # (n, 3, 64, 64)
     top_1, top_5 = scorers.matched(fake)
-    figures = {"sentences matched, top-1": top_1, "sentences matched, top-5": top_5}
+    results = {"sentences matched, top-1": top_1, "sentences matched, top-5": top_5}
 
     # 16 images of one text of each class, beside the real images of the class.
     classes = test.labels.unique()
@@ -476,12 +476,12 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
     generated = generate_for(model, h[first].repeat_interleave(16, 0), 1, truncation)
     generated = from_pixels(generated, model.device).split(16)
     real = [test.x[test.labels == c] for c in classes]
-    figures["pixel diversity"] = pixel_diversity(generated, real)
+    results["pixel diversity"] = pixel_diversity(generated, real)
 
-    figures["Frechet distance"] = mean_frechet_distance(
+    results["Frechet distance"] = mean_frechet_distance(
         scorers.features(fake), scorers.real_features)
     if model.S is None:
-        return figures
+        return results
 
     if probe is not None:
         query, other = style_queries(test)
@@ -489,12 +489,12 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
         s = model.styles(x)                                   # s <- S(x)
         y = model.generate(s, h[other])                       # x_hat <- G(s, phi(t))
         y = from_pixels(y, model.device)
-        figures["style transfer, background kept"] = background_kept(x, y)
-        figures["style transfer, direction kept"] = direction_kept(
+        results["style transfer, background kept"] = background_kept(x, y)
+        results["style transfer, direction kept"] = direction_kept(
             y, test.direction[query], scorers.image_encoders[0], probe)
     for kind, pairs in test.pairs.items():
-        figures[f"style verification, {kind}"] = verify_style(model.styles(test.x).cpu(), pairs)
-    return figures
+        results[f"style verification, {kind}"] = verify_style(model.styles(test.x).cpu(), pairs)
+    return results
 
 
 def style_queries(test):
@@ -505,7 +505,7 @@ def style_queries(test):
 
 
 def measure_references(test, scorers, probe, phi):
-    """What real images reach, and chance -> {figure: {name of the reference: number}}."""
+    """What real images reach, and chance -> {measure: {name of the reference: number}}."""
     top_1, top_5 = scorers.matched(test.x)
     out = {
         "sentences matched, top-1": {"real images": top_1, "chance": scorers.chance},
@@ -581,7 +581,7 @@ def check_dataset(models, ds, moved):
         theirs = trained_on(model)
         both_own = theirs not in data.DATASETS and ds.name not in data.DATASETS
         if theirs != ds.name and not (moved and both_own):
-            raise UserError(f"{name} was trained on {theirs}, not on {ds.name}: figures of "
+            raise UserError(f"{name} was trained on {theirs}, not on {ds.name}: results of "
                             "different data sets cannot be compared, measure one at a time")
         if model.settings.get("digest", ds.digest()) != ds.digest():
             raise UserError(f"{name} was trained on {theirs}, whose captions, classes or split "
@@ -606,18 +606,18 @@ def group_by_seed(models):
     return columns
 
 
-def print_table(columns, figures, references):
-    """A row a figure, below it its references; a column a run, or the mean over seeds and the
+def print_table(columns, results, references):
+    """A row a measure, below it its references; a column a run, or the mean over seeds and the
     standard deviation (divided by n - 1)."""
     width = max(18, *(len(column) + 2 for column in columns))
     keys = {}
-    for run in figures.values():
+    for run in results.values():
         keys.update(run)
     print("\n" + " " * 36 + "".join(f"{column:>{width}}" for column in columns))
     for key in keys:
         row = ""
         for names in columns.values():
-            values = [figures[name][key] for name in names if key in figures[name]]
+            values = [results[name][key] for name in names if key in results[name]]
             row += f"{mean_and_deviation(values):>{width}}"
         print(f"{key:36}" + row)
         for name, value in references.get(key, {}).items():
@@ -632,11 +632,11 @@ def mean_and_deviation(values):
     return f"{np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}"
 
 
-def print_json(models, figures, references, test, truncation):
+def print_json(models, results, references, test, truncation):
     runs = {}
     for name, model in models.items():
         settings = {key: model.settings.get(key) for key in ("variant", "recipe", "steps", "seed")}
-        rounded = {key: round(value, 5) for key, value in figures[name].items()}
+        rounded = {key: round(value, 5) for key, value in results[name].items()}
         runs[name] = dict(settings, **rounded)
     rounded = {}
     for key, values in references.items():
@@ -711,19 +711,19 @@ def measure_runs(args):
         probe = direction_probe(ds, scorers.image_encoders[0], args.device)
     first = next(iter(models.values()))
     references = measure_references(test, scorers, probe, first.phi)
-    figures = {}
+    results = {}
     for name, model in models.items():
         print(f"measuring {name}")
         if model.S is None:
-            print(f"{name} has no style encoder yet: its figures of style are left out")
-        figures[name] = measure_run(model, test, scorers, probe, args.truncation)
+            print(f"{name} has no style encoder yet: its results of style are left out")
+        results[name] = measure_run(model, test, scorers, probe, args.truncation)
 
     # 4. Print, and write.
     columns = group_by_seed(models)
     classes = len(test.labels.unique())
     print(f"\n{ds.name}: {len(test.index):,} images of {classes} unseen classes, one caption each; "
           f"scorers trained with seeds {SCORER_SEEDS}; truncation {args.truncation:g}")
-    print_table(columns, figures, references)
+    print_table(columns, results, references)
     print("The Frechet distance is taken on features of our own scorers: it is not the FID of "
           "papers, compare it within this table.")
     top_1 = references["sentences matched, top-1"]["real images"]
@@ -731,7 +731,7 @@ def measure_runs(args):
         print(f"The scorers name the class of {top_1:.0%} of the real images, by chance it would "
               f"be {scorers.chance:.0%}: on this data set 'sentences matched' and the Frechet "
               "distance say little.")
-    print_json(models, figures, references, test, args.truncation)
+    print_json(models, results, references, test, args.truncation)
 
     out = args.out or Path("runs") / f"{data.short_name(ds.name)}-measure"
     save_image(model_grid(models, test, args.truncation), out / "models.png")

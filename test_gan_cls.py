@@ -2551,7 +2551,7 @@ def small_archive():
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_a_truncated_archive_is_never_taken_for_a_whole_one(here, kind):
     path = archive(here / "whole", small_archive(), kind)
-    names = [name for name, _ in data.members(path, r"\.txt$")]
+    names = [name for name, _ in data.iterate_files(path, r"\.txt$")]
     assert names == ["d/a.txt", "d/b.txt"]
 
     content = path.read_bytes()
@@ -2561,7 +2561,7 @@ def test_a_truncated_archive_is_never_taken_for_a_whole_one(here, kind):
     for cut in [*range(0, last - 64, 29), *range(last - 64, last, 3), last - 1]:
         (here / "cut").write_bytes(content[:cut])
         with pytest.raises(data.UserError, match="cut is damaged, broken off.*fetch it again"):
-            list(data.members(here / "cut", r"\.txt$"))
+            list(data.iterate_files(here / "cut", r"\.txt$"))
             pytest.fail(f"cut after {cut} of {len(content)} bytes")
 
 
@@ -2576,7 +2576,7 @@ def test_a_changed_byte_is_noticed_wherever_it_is(here, kind):
     content[at + 8] ^= 1
     path.write_bytes(content)
     with pytest.raises(data.UserError, match="damaged"):
-        list(data.members(path, r"\.txt$"))
+        list(data.iterate_files(path, r"\.txt$"))
 
 
 @pytest.mark.parametrize("name", [
@@ -2586,7 +2586,7 @@ def test_names_that_lead_outside_are_harmless(here, name, kind):
     """Nothing is unpacked to disk."""
     (here / "inside").mkdir()
     path = archive(here / "inside/it", {name: b"x", "good.txt": b"y"}, kind)
-    assert ("good.txt", b"y") in list(data.members(path, r"\.txt$"))
+    assert ("good.txt", b"y") in list(data.iterate_files(path, r"\.txt$"))
     assert sorted(here.rglob("*")) == [here / "inside", path]
 
 
@@ -2604,7 +2604,7 @@ def test_members_that_are_no_plain_files_are_named_not_followed(here, kind):
         info.linkname = "/etc/passwd"
         with tarfile.open(here / "links", "w") as made:
             made.addfile(info)
-    assert list(data.members(here / "links", r"\.jpg$")) == [("x.jpg", None)]
+    assert list(data.iterate_files(here / "links", r"\.jpg$")) == [("x.jpg", None)]
     files = data.read_files(here / "links", r"\.jpg$")
     assert not files.images and "x.jpg" in files.skipped[0]
 
@@ -2618,11 +2618,11 @@ def test_archive_bombs_are_bounded(here, monkeypatch):
         tar(here / "c.tgz", {"n" * 3000 + ".txt": b"x"})]   # the name is a member, of 3,000 bytes
     for path in paths:
         with pytest.raises(data.UserError, match="too large"):
-            list(data.members(path, "x"))
+            list(data.iterate_files(path, "x"))
     content = gzip.decompress(tar(here / "d.tgz", {"x": b"y"}).read_bytes())
     (here / "d.tgz").write_bytes(gzip.compress(content + bytes(1 << 20)))
     with pytest.raises(data.UserError, match="goes on"):
-        list(data.members(here / "d.tgz", "x"))
+        list(data.iterate_files(here / "d.tgz", "x"))
 
 
 # ---- Downloads, caches -----------------------------------------------------------------------
@@ -3895,7 +3895,7 @@ def test_pixel_diversity_is_a_ratio_of_deviations():
     assert sample.pixel_diversity([x[:1].expand(16, -1, -1, -1) for x in real], real) == 0
 
 
-# ---- The figures -----------------------------------------------------------------------------
+# ---- The measures ----------------------------------------------------------------------------
 
 def test_frechet_distance_of_known_gaussians():
     g = torch.Generator().manual_seed(0)
@@ -4666,7 +4666,7 @@ def test_fuzz_archives(here):
     for i in range(1500):
         (here / "x").write_bytes(mutated(rng, seeds[i % 3]))
         try:
-            good += len(list(data.members(here / "x", r"\.txt$"))) > 0
+            good += len(list(data.iterate_files(here / "x", r"\.txt$"))) > 0
         except data.UserError as error:
             assert "\n" not in str(error)
     assert 50 < good < 1450

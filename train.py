@@ -54,7 +54,7 @@ RECIPES = {
         r1=0.0,
         ema=0.0,
         decay=False),
-    # departs from the paper: makes fewer steps enough. Figures: weights/README.md.
+    # departs from the paper: makes fewer steps enough. Measured: weights/README.md.
     "quick": dict(
         steps=25_000,           # as flowers.pt (cub.pt: 60,000); CUB's 600 epochs are 165,600
         batch_size=32,          # twice the steps in the same time
