@@ -56,7 +56,7 @@ RECIPES = {
         decay=False),
     # departs from the paper: makes fewer steps enough. Measured: weights/README.md.
     "quick": dict(
-        steps=25_000,           # as flowers.pt (cub.pt: 60,000); CUB's 600 epochs are 165,600
+        steps=25_000,           # as flowers.pt (cub.pt: 60,000); 600 epochs of CUB: 165,600
         batch_size=32,          # twice the steps in the same time
         lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
