@@ -3360,7 +3360,7 @@ def test_learning_rates(recipe, steps, expected):
         assert got == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 0.4), ("paper", None)])
+@pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 1.2), ("paper", None)])
 def test_the_gradient_penalty_comes_at_every_fourth_step(tiny, monkeypatch, recipe, weight):
     seen = []
 
