@@ -218,8 +218,9 @@ def update(optimizer, loss, scaler):
     scaler.update()
 
 
-def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view=nn.Identity(),
-                 extra_G_loss=None, amp=contextlib.nullcontext(), scaler=None):
+def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
+                 view=nn.Identity(), blends_to_D=False, extra_G_loss=None,
+                 amp=contextlib.nullcontext(), scaler=None):
     """One step of [A] Algorithm 1: D up its objective, then G up its own.
 
     Lines 3 and 4, h = phi(t), are done before: phi is trained first (encoder.py) and then fixed,
@@ -229,7 +230,8 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
     other classes. The two switches give the paper's four models: GAN (neither), GAN-CLS (cls),
     GAN-INT (int_), GAN-INT-CLS (both). amp: an autocast context; scaler: a GradScaler, for fp16.
 
-    Not in the paper, and off: view(images) is what D is shown of them, real or fake;
+    Not in the paper, and off: view(images) is what D is shown of them, real or fake; blends_to_D
+    shows D the fake images of the blends too, so that G cannot keep a blend by which D is fooled;
     extra_G_loss(z, texts, x_fake) is a scalar that is added to G's loss.
     Returns a dict of scalars on the device: loss_D, loss_G and the mean outputs of D.
     """
@@ -248,12 +250,14 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True, view
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
 
     # (1) Update D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
+    shown = len(texts) if blends_to_D else B                # in the paper without the blends
     with amp:
         f_real = D.features(view(x))                        # once, for both texts
         l_real = D.score(f_real, h)                         # line 7:  {real image, right text}
         l_wrong = D.score(f_real, h_wrong) if cls else None     # line 8:  {real image, wrong text}
-        l_fake = D(view(x_fake[:B].detach()), h)            # line 9:  {fake image, right text}
-    loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10; without the blends
+        x_shown = view(x_fake[:shown].detach())
+        l_fake = D(x_shown, texts[:shown])                  # line 9:  {fake image, right text}
+    loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10
     update(opt_D, loss_D, scaler)                           # line 11
 
     # (2) Update G: maximise  L_G = log(s_f), and for eq. 5  log D(G(z, blend), blend)

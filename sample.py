@@ -470,13 +470,17 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
     top_1, top_5 = scorers.matched(fake)
     results = {"sentences matched, top-1": top_1, "sentences matched, top-5": top_5}
 
-    # 16 images of one text of each class, beside the real images of the class.
+    # 16 images of one text of each class, beside the real images of the class. The same of blends:
+    # where D never sees them, G can fool it with one image for many blends, whatever z.
     classes = test.labels.unique()
     first = [int((test.labels == c).nonzero()[0]) for c in classes]
-    generated = generate_for(model, h[first].repeat_interleave(16, 0), 1, truncation)
-    generated = from_pixels(generated, model.device).split(16)
+    h_first = h[first]
+    blends = interpolate(h_first, h_first.roll(1, 0))         # eq. 5, of two classes each
     real = [test.x[test.labels == c] for c in classes]
-    results["pixel diversity"] = pixel_diversity(generated, real)
+    for name, texts in (("pixel diversity", h_first), ("pixel diversity, blends", blends)):
+        generated = generate_for(model, texts.repeat_interleave(16, 0), 1, truncation)
+        generated = from_pixels(generated, model.device).split(16)
+        results[name] = pixel_diversity(generated, real)
 
     results["Frechet distance"] = mean_frechet_distance(
         scorers.features(fake), scorers.real_features)

@@ -37,6 +37,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1064,7 +1065,8 @@ def test_networks_for_128x128():
 
 # ---- 4.2, 4.3: Algorithm 1 -------------------------------------------------------------------
 
-def algorithm_1(G, D, x, h, h_wrong, cls, int_, view=nn.Identity(), reward=None):
+def algorithm_1(G, D, x, h, h_wrong, cls, int_, view=nn.Identity(), reward=None,
+                blends_to_D=False):
     """[A] Algorithm 1 line by line: D looks at images three times, logarithms are spelled out.
 
     D moves by minus its gradient. Returns the gradients of D's and of G's weights, and the losses.
@@ -1079,12 +1081,14 @@ def algorithm_1(G, D, x, h, h_wrong, cls, int_, view=nn.Identity(), reward=None)
 
     s_r = torch.sigmoid(D(view(x), h))                      # line 7
     s_w = torch.sigmoid(D(view(x), h_wrong))                # line 8
-    s_f = torch.sigmoid(D(view(x_fake[:B]), h))             # line 9
+    shown = len(texts) if blends_to_D else B
+    s_f = torch.sigmoid(D(view(x_fake[:shown]), texts[:shown]))         # line 9
+    fake = (1 - s_f).log().mean()
     if cls:
-        L_D = s_r.log() + ((1 - s_w).log() + (1 - s_f).log()) / 2       # line 10
+        L_D = s_r.log().mean() + ((1 - s_w).log().mean() + fake) / 2    # line 10
     else:
-        L_D = s_r.log() + (1 - s_f).log()                   # eq. 1
-    loss_D = -L_D.mean()
+        L_D = s_r.log().mean() + fake                       # eq. 1
+    loss_D = -L_D
     gradients_D = torch.autograd.grad(loss_D, list(D.parameters()), retain_graph=True)
     with torch.no_grad():
         for p, gradient in zip(D.parameters(), gradients_D):
@@ -1117,6 +1121,27 @@ def test_the_step_is_algorithm_1(cls, int_):
     assert_near([out["loss_D"], out["loss_G"]], [loss_D, loss_G])
     assert all(p.requires_grad for p in D.parameters())
     assert not any(value.requires_grad for value in out.values())
+
+
+@every_variant
+def test_blends_to_D_shows_D_the_fake_images_of_the_blends(cls, int_):
+    G, D = small_nets()
+    batch = small_batch()
+    seen = []
+    D.text.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
+    out = take_step(G, D, batch, cls=cls, int_=int_, blends_to_D=True)
+
+    slow_G, slow_D = small_nets()
+    gradients_D, gradients_G, loss_D, loss_G = algorithm_1(
+        slow_G, slow_D, *batch, cls, int_, blends_to_D=True)
+    assert_near(gradients(D), gradients_D)
+    assert_near(gradients(G), gradients_G)
+    assert_near([out["loss_D"], out["loss_G"]], [loss_D, loss_G])
+    assert len(seen[-2]) == (12 if int_ else 8)             # the last is for G's loss
+    # D's gradient is another one where there are blends, and only there.
+    G_alone, D_alone = small_nets()
+    take_step(G_alone, D_alone, batch, cls=cls, int_=int_)
+    assert same(gradients(D), gradients(D_alone)) == (not int_)
 
 
 @pytest.mark.parametrize("moving", ["D", "G"])
@@ -3745,10 +3770,11 @@ def test_measure_two_runs(here, small_toy, monkeypatch, capsys):
     figures = list(run)[4:]
     assert figures == [
         "sentences matched, top-1", "sentences matched, top-5", "pixel diversity",
-        "Frechet distance", "style transfer, background kept", "style transfer, direction kept",
+        "pixel diversity, blends", "Frechet distance", "style transfer, background kept",
+        "style transfer, direction kept",
         "style verification, background", "style verification, pose"]
-    assert all(0 <= run[key] <= 1 for key in figures if key not in figures[2:4])
-    assert run["Frechet distance"] > 0 and run["pixel diversity"] > 0
+    assert all(0 <= run[key] <= 1 for key in figures if key not in figures[2:5])
+    assert all(run[key] > 0 for key in figures[2:5])
     # 4 unseen classes, so all are among the first five.
     assert run["sentences matched, top-5"] == 1.0
 
@@ -3760,7 +3786,7 @@ def test_measure_two_runs(here, small_toy, monkeypatch, capsys):
                             "real images, training against unseen classes"}
     assert 0 < frechet["real images, two halves"] < run["Frechet distance"]
     assert 0.9 < references["style transfer, direction kept"]["real images, by the linear probe"]
-    assert set(references) == set(figures) - {"pixel diversity"}
+    assert set(references) == set(figures) - {"pixel diversity", "pixel diversity, blends"}
 
     # The table: each figure a row, with the numbers of the JSON, and its references below.
     lines = out.splitlines()
@@ -3790,6 +3816,27 @@ def test_measure_two_runs(here, small_toy, monkeypatch, capsys):
     assert (here / "other/models.png").exists()
 
 
+def test_measure_shows_a_G_that_knows_one_image_for_blends(small_toy, monkeypatch):
+    needs_exercises(2)
+    test = sample.make_test_set(small_toy, torch.device("cpu"))
+    torch.manual_seed(0)
+    h = torch.randn(len(test.texts), 1024).sign()           # blends of two rows have zeros
+    monkeypatch.setattr(sample, "embed", lambda phi, texts: h)
+
+    def generate(z, h):
+        blend = (h == 0).any(1)
+        images = (40 * z[:, :3] + 128).clamp(0, 255).byte()
+        images[blend] = 128
+        return images[:, None, None].expand(-1, 64, 64, -1).numpy()
+
+    model = SimpleNamespace(phi=None, S=None, device=torch.device("cpu"), generate=generate)
+    scorers = SimpleNamespace(matched=lambda x: (0, 0), real_features=[torch.rand(9, 4)],
+                              features=lambda x: [torch.rand(9, 4)])
+    results = sample.measure_run(model, test, scorers, None)
+    assert results["pixel diversity"] > 0.1
+    assert results["pixel diversity, blends"] == 0
+
+
 def test_measure_trains_the_scorers_that_are_missing(here, short_training, capsys):
     ds = small_data(here)
     run_by_hand(here / "a/checkpoint.pt", ds, finished=False)
@@ -3802,7 +3849,7 @@ def test_measure_trains_the_scorers_that_are_missing(here, short_training, capsy
     # No boxes and keypoints, and no S: what needs them is left out.
     assert list(numbers["runs"]["a"])[4:] == ["sentences matched, top-1",
                                               "sentences matched, top-5", "pixel diversity",
-                                              "Frechet distance"]
+                                              "pixel diversity, blends", "Frechet distance"]
     assert "a has no style encoder yet" in out
     # One unseen class: every image is matched, which says nothing.
     assert "say little" in out

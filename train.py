@@ -49,6 +49,7 @@ RECIPES = {
         captions=(1, 1),        # h is one caption's embedding
         augment=False,          # the rest is not in the paper, and off
         sharpen=0.0,
+        blends_to_D=False,
         mode_seeking=0.0,
         style=0.0,
         r1=0.0,
@@ -56,13 +57,15 @@ RECIPES = {
         decay=False),
     # departs from the paper: makes fewer steps enough. Measured: weights/README.md.
     "quick": dict(
-        steps=25_000,           # as flowers.pt (cub.pt: 60,000); 600 epochs of CUB: 165,600
+        steps=25_000,           # flowers.pt: 42,000; cub.pt: 60,000; 600 epochs of CUB: 165,600
         batch_size=32,          # twice the steps in the same time
         lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
         augment=True,           # D sees images shifted, lighter, darker: it memorises less
         sharpen=0.0,            # off; above 0 D sees images with more fine detail, see "toy"
+        blends_to_D=True,       # D sees the fake images of eq. 5 too: else G can find one image
+                                # that fools D for many blends, whatever z
         mode_seeking=0.05,      # term of G's loss: other z, other images; without it and style, z
                                 # had hardly any effect
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
@@ -257,7 +260,8 @@ class Run:
     def step_options(self):
         """What gan_cls_step is told of this run: its model, its precision, and what follows."""
         return dict(VARIANTS[self.settings["variant"]], view=self.view,
-                    extra_G_loss=self.extra_G_loss, amp=self.amp, scaler=self.scaler)
+                    blends_to_D=self.recipe["blends_to_D"], extra_G_loss=self.extra_G_loss,
+                    amp=self.amp, scaler=self.scaler)
 
     # What recipes "quick" and "toy" add to Algorithm 1.
 
@@ -597,7 +601,7 @@ def benchmark(args):
     def step(run, extras):
         options = run.step_options()
         if not extras:
-            del options["view"], options["extra_G_loss"]
+            del options["view"], options["blends_to_D"], options["extra_G_loss"]
         gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch, **options)
 
     def loop(run):
