@@ -231,7 +231,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     GAN-INT (int_), GAN-INT-CLS (both). amp: an autocast context; scaler: a GradScaler, for fp16.
 
     Not in the paper, and off: view(images) is what D is shown of them, real or fake; blends_to_D
-    shows D the fake images of the blends too, so that G cannot keep a blend by which D is fooled;
+    shows D the fake images of the blends too, else G can fool it with one image for many of them;
     extra_G_loss(z, texts, x_fake) is a scalar that is added to G's loss.
     Returns a dict of scalars on the device: loss_D, loss_G and the mean outputs of D.
     """

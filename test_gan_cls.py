@@ -3420,6 +3420,7 @@ def test_what_d_is_shown_follows_the_recipe(monkeypatch, recipe):
     monkeypatch.setattr(train, "sharpen", lambda x, gain: x * gain)
     expected = {"paper": x, "quick": x + 1, "toy": (x + 1) * train.RECIPES["toy"]["sharpen"]}
     assert torch.equal(run.view(x), expected[recipe])
+    assert run.step_options()["blends_to_D"] == (recipe != "paper")
 
 
 def test_extra_loss_is_mode_seeking_and_eq_6():
