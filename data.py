@@ -961,16 +961,19 @@ class StrictTarInfo(tarfile.TarInfo):
     archive; here the end is a block of zeros and nothing else."""
 
     @classmethod
-    def frombuf(cls, buf, encoding, errors):
+    def fromtarfile(cls, archive):
         try:
-            info = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no end of the archive: {error}") from None
-        if info.size > MAX_FILE:
-            raise tarfile.ReadError(f"{info.name!r} is too large ({info.size:,} bytes)")
-        return info
+
+    def _proc_member(self, archive):
+        """Made for subclasses; what is behind a header is read only here, a long name too."""
+        if self.size > MAX_FILE:
+            raise tarfile.ReadError(f"{self.name!r} is too large ({self.size:,} bytes)")
+        return super()._proc_member(archive)
 
 
 def tar_members(path, pattern):

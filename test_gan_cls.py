@@ -269,6 +269,7 @@ def tiny(here, short_training, monkeypatch):
     monkeypatch.setattr(train, "train_style_encoder",
                         lambda run, batches: train_style_encoder(run, batches, 3))
     monkeypatch.setattr(train, "EVERY", dict(log=2, sample=4, save=4))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     return here
 
 
@@ -3255,6 +3256,7 @@ def test_the_chosen_precision_is_kept_when_a_run_goes_on(tiny, monkeypatch, caps
     for steps, options, expected in (
             (6, (), "bf16"), (8, ("--precision", "fp32"), "fp32"), (10, (), "fp32")):
         capsys.readouterr()
+        options = ("--device", "cpu", *options)
         assert call(train, "--resume", "--steps", steps, *options, "--out", "run") == 0
         assert f"{expected} on cpu" in capsys.readouterr().out
     assert next(choices) == "fp32"                                          # measured once only
@@ -3538,10 +3540,9 @@ def test_a_compiled_step_has_the_eager_gradients(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 0.05), ("bf16", 0.2)])
-def test_cuda_compiled_step_has_the_eager_gradients(precision, tolerance):
-    found = []
-    for compiled in (False, True):
+def test_cuda_compiled_step_has_the_eager_gradients():
+    """In fp32 up to TF32's rounding; in bf16 as near to fp32 as an eager step is."""
+    def G_gradients(precision, compiled):
         run, batches = random_run("paper", device="cuda", precision=precision)
         run.opt_D.param_groups[0]["lr"] = 0.0       # Adam would enlarge differences of rounding
         if compiled:
@@ -3549,9 +3550,15 @@ def test_cuda_compiled_step_has_the_eager_gradients(precision, tolerance):
         torch.manual_seed(0)
         x, h, h_wrong = batches.batch(torch.arange(8, device="cuda"))
         train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, amp=run.amp)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients(run.G)]))
-    eager, compiled = found
-    assert (eager - compiled).norm() <= tolerance * eager.norm()
+        return torch.cat([gradient.flatten() for gradient in gradients(run.G)])
+
+    exact = G_gradients("fp32", compiled=False)
+
+    def error(precision, compiled):
+        return (G_gradients(precision, compiled) - exact).norm() / exact.norm()
+
+    assert error("fp32", compiled=True) < 0.05
+    assert error("bf16", compiled=True) < 1.5 * error("bf16", compiled=False)
 
 
 def test_compiling_stays_below_the_limit_on_recompilations(monkeypatch):
@@ -4513,7 +4520,7 @@ def test_bad_input_to_sample(here, capsys):
 
 # ---- Killed, stopped, gone wrong -------------------------------------------------------------
 
-OFTEN = ("import data, train; train.EVERY.update(log=1, sample=7, save=3); "
+OFTEN = ("import data, train; train.EVERY.update(log=1, sample=7, save=3); train.SAVE_SECONDS = 0; "
          "train.train_style_encoder.__defaults__ = (3, print); data.run_script(train.main)")
 
 
@@ -4558,6 +4565,19 @@ def test_killed_runs_resume_to_the_same_weights(tiny):
     equal = same(load_run("whole"), load_run("killed"))
     assert kills >= min(3, KILLS) and equal
     TALLY["runs killed"] += kills
+
+
+def test_checkpoints_are_not_written_too_often(tiny, monkeypatch):
+    """On a GPU the steps between two saves would take less time than a save."""
+    written = []
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda run, path: [written.append(run.step),
+                                                              save(run, path)])
+    for seconds, expected in ((0, [4, 8, 10, 10]), (1000, [10, 10])):       # the last one for S
+        monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
+        assert call(train, *TINY, "--steps", 10, "--out", f"run-{seconds}") == 0
+        assert written == expected
+        written.clear()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny):

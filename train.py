@@ -83,6 +83,7 @@ RECIPES["toy"] = dict(
 
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
+SAVE_SECONDS = 30                               # between two saves: a GPU takes 500 steps in less
 
 
 # ---- The loop --------------------------------------------------------------------------------
@@ -99,6 +100,7 @@ def train(run, batches, out_dir, sample_grid, log=print):
     meter = Meter(run, log)
     order = None
     last = False
+    saved = time.time()
     with stop_signals() as stopped:
         while not last:
             epoch, i = divmod(run.step, per_epoch)
@@ -125,8 +127,10 @@ def train(run, batches, out_dir, sample_grid, log=print):
             if run.step % EVERY["sample"] == 0 or last:
                 data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
                 plot_history(run.history, out_dir / "loss.png")
-            if run.step % EVERY["save"] == 0 or last:
+            due = run.step % EVERY["save"] == 0 and time.time() - saved >= SAVE_SECONDS
+            if due or last:
                 run.save(out_dir / "checkpoint.pt")
+                saved = time.time()
     return run.step == s["steps"]
 
 
