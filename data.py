@@ -185,7 +185,7 @@ def toy_species(rng, count):
 
 
 def toy_part_colour(rng, body):
-    """Half of the parts look like the body."""
+    """The body's colour with probability 1/2, else any of the 8: in all with 1/2 + 1/16."""
     return body if rng.random() < 0.5 else rng.choice(list(COLOURS))
 
 

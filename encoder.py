@@ -11,15 +11,17 @@ its embedding another letter phi than for the text's; we write x and v(x).)
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 
-To put another text encoder in phi's place, change these functions; nothing else knows what phi is:
+To put another text encoder in phi's place, change these functions, empty SHIPPED, and remove
+runs/*-encoder.pt and runs/*-scorer-*.pt, which hold the old one:
 
     embed(phi, texts)   list of str -> (len(texts), 1024) float32, equal rows for equal texts. G's
                         noise z is N(0, 1), so h should be of that order too, with its variance in
-                        many directions, not in three: see `whiten`. 1024 is gan_cls.TEXT_DIM.
+                        many directions: see `whiten`. 1024 is gan_cls.TEXT_DIM.
     build(checkpoint, device)   (phi, v) from a dict of tensors and plain values. phi is an
-                        nn.Module; v may be None, then --evaluate refuses it.
-    train_encoder(ds, ...)      such a dict: kind="encoder", phi, v, and settings with dataset,
-                        digest, image_side, and whatever build needs.
+                        nn.Module; v may be None, then --evaluate and sample.py --measure do
+                        not work. --measure also calls v.features, see ImageEncoder.
+    train_encoder(ds, ...)      (arguments as now) such a dict: kind="encoder", phi, v, and settings
+                        with dataset, digest, image_side, size, and whatever build needs.
     check_text, check_captions  raise UserError for texts that it cannot read.
 """
 
@@ -81,14 +83,14 @@ class CharCNNRNN(nn.Module):
     and starts from the first input instead of zeros.
     """
 
-    def __init__(self, cnn_dim=512, out_dim=TEXT_DIM):
+    def __init__(self, cnn_dim=512):
         super().__init__()
         self.cnn = nn.Sequential(                                           # (N, 70, 201)
             nn.Conv1d(len(ALPHABET), 384, 4), nn.ReLU(), nn.MaxPool1d(3),   # (N, 384, 66)
             nn.Conv1d(384, 512, 4), nn.ReLU(), nn.MaxPool1d(3),             # (N, 512, 21)
             nn.Conv1d(512, cnn_dim, 4), nn.ReLU())                          # (N, cnn_dim, 18)
         self.rnn = nn.GRU(cnn_dim, cnn_dim, batch_first=True)
-        self.out = nn.Linear(cnn_dim, out_dim)
+        self.out = nn.Linear(cnn_dim, TEXT_DIM)
         for p in self.parameters():
             nn.init.uniform_(p, -0.08, 0.08)                                # the authors' code
 
@@ -383,8 +385,9 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
 # ---- After training: a better basis ----------------------------------------------------------
 
 # departs from the paper: eq. 2 depends on the scores alone, so the basis of phi(t) is free. After
-# training its numbers are about 0.02, and three directions hold half of their variance. G, whose
-# noise z is N(0, 1), ignored such an h for a thousand steps, and never learned a crown's colour.
+# training its numbers are about 0.02, and three directions hold half of their variance. With such
+# an h, beside a noise z of N(0, 1), the text had no effect on the images in the first 1,000 steps,
+# and the colour of a bird's crown never had.
 
 def whitening_matrix(h, floor=0.005):
     """h (n, 1024) -> M (1024, 1024), symmetric, float64. h M has about the same variance in every

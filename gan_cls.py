@@ -80,14 +80,14 @@ class Generator(nn.Module):
     ngf: channels at 32x32; each step towards 4x4 doubles them. 128 is the authors' size.
     """
 
-    def __init__(self, ngf=128, z_dim=Z_DIM, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
+    def __init__(self, ngf=128, text_dim=TEXT_DIM, text_small=TEXT_SMALL):
         super().__init__()
         relu = nn.ReLU(inplace=True)
         self.text = nn.Sequential(
             nn.Linear(text_dim, text_small), nn.LeakyReLU(0.2, inplace=True))   # (B, 128)
         self.net = nn.Sequential(
             # The first deconvolution, from 1x1 to 4x4, is one matrix product.
-            nn.Linear(z_dim + text_small, 8 * ngf * MAP * MAP, bias=False),
+            nn.Linear(Z_DIM + text_small, 8 * ngf * MAP * MAP, bias=False),
             nn.Unflatten(1, (8 * ngf, MAP, MAP)),
             nn.BatchNorm2d(8 * ngf),                # no ReLU before a Residual, which ends with one
             Residual(8 * ngf, 2 * ngf, relu),                               # (B, 8*ngf,  4,  4)
@@ -150,7 +150,6 @@ class Discriminator(nn.Module):
         """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s."""
         text = self.text(h)                                         # (B, 128)
         text = text[:, :, None, None].expand(-1, -1, MAP, MAP)      # the same at all 16 places
-        text = text.to(f.dtype)     # under autocast they may differ, and cat wants one type
         return self.joint(torch.cat([f, text], 1)).flatten()
 
     def forward(self, x, h):
@@ -288,10 +287,10 @@ class StyleEncoder(nn.Module):
     The paper leaves the layers of S open: ours are D's tower and one linear layer.
     """
 
-    def __init__(self, nsf=32, z_dim=Z_DIM):
+    def __init__(self, nsf=32):
         super().__init__()
         self.net = nn.Sequential(
-            ImageTower(nsf), nn.Flatten(), nn.Linear(MAP * MAP * 8 * nsf, z_dim))
+            ImageTower(nsf), nn.Flatten(), nn.Linear(MAP * MAP * 8 * nsf, Z_DIM))
         init_weights(self)
 
     def forward(self, x):
@@ -349,7 +348,8 @@ def sum_3x3(x):
 
 
 def mode_seeking_loss(z1, z2, x1, x2):
-    """The mode-seeking term (Mao et al., CVPR 2019): small when two noises give two images.
+    """The mode-seeking term (Mao et al., CVPR 2019): small when different noises
+    give different images.
 
     z1, z2 (N, 100), x1, x2 (N, 3, 64, 64); x1[i] and x2[i] have the same text -> scalar.
     """

@@ -475,7 +475,7 @@ def measure_run(model, test, scorers, probe, truncation=1.0):
     classes = test.labels.unique()
     first = [int((test.labels == c).nonzero()[0]) for c in classes]
     h_first = h[first]
-    blends = interpolate(h_first, h_first.roll(1, 0))         # eq. 5, of two classes each
+    blends = interpolate(h_first, h_first.roll(1, 0), 0.5)    # eq. 5, of two classes each
     real = [test.x[test.labels == c] for c in classes]
     for name, texts in (("pixel diversity", h_first), ("pixel diversity, blends", blends)):
         generated = generate_for(model, texts.repeat_interleave(16, 0), 1, truncation)

@@ -6,7 +6,7 @@
     python train.py --resume                        # go on with a run that was stopped
 
 Algorithm 1 itself is `gan_cls_step` in gan_cls.py; the loop around it is `train`, below.
-A run lies in runs/DATASET-VARIANT/ (or --out): checkpoint.pt, samples/, loss.png.
+A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out): checkpoint.pt, samples/, loss.png.
 """
 
 import argparse
@@ -58,7 +58,7 @@ RECIPES = {
     # departs from the paper: makes fewer steps enough. Measured: weights/README.md.
     "quick": dict(
         steps=25_000,           # flowers.pt: 42,000; cub.pt: 60,000; 600 epochs of CUB: 165,600
-        batch_size=32,          # twice the steps in the same time
+        batch_size=32,          # twice the steps in the same time, on a CPU; on a GPU take more
         lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
@@ -94,7 +94,6 @@ def train(run, batches, out_dir, sample_grid, log=print):
     sample_grid(G) -> an image of samples. Progress lines are means since the last one.
     """
     s = run.settings
-    recipe = run.recipe
     B = s["batch_size"]
     per_epoch = max(1, len(batches) // B)
     meter = Meter(run, log)
@@ -109,14 +108,7 @@ def train(run, batches, out_dir, sample_grid, log=print):
             x, h, h_wrong = batches.batch(order[i * B:(i + 1) * B])
 
             set_rates(run, epoch)
-            out = gan_cls_step(
-                run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
-            run.step += 1
-            if recipe["r1"] and run.step % 4 == 0:          # seldom, but 4 times as strong
-                run.gradient_penalty_step(x, h, 4 * recipe["r1"])
-            # A shorter average in the beginning, when the first weights are still random.
-            update_ema(run.G_ema, run.G, min(recipe["ema"], run.step / (run.step + 10)))
-            meter.add(out)
+            meter.add(training_step(run, x, h, h_wrong))
 
             last = run.step == s["steps"] or bool(stopped)
             if run.step % EVERY["log"] == 0 or last:        # only here does the CPU wait for CUDA
@@ -132,6 +124,21 @@ def train(run, batches, out_dir, sample_grid, log=print):
                 run.save(out_dir / "checkpoint.pt")
                 saved = time.time()
     return run.step == s["steps"]
+
+
+def training_step(run, x, h, h_wrong):
+    """Algorithm 1, and around it what the recipe adds: the gradient penalty, the average of G.
+
+    x (B, 3, 64, 64), h and h_wrong (B, 1024); returns what gan_cls_step does.
+    """
+    recipe = run.recipe
+    out = gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
+    run.step += 1
+    if recipe["r1"] and run.step % 4 == 0:                  # seldom, but 4 times as strong
+        run.gradient_penalty_step(x, h, 4 * recipe["r1"])
+    # A shorter average in the beginning, when the first weights are still random.
+    update_ema(run.G_ema, run.G, min(recipe["ema"], run.step / (run.step + 10)))
+    return out
 
 
 def epoch_order(n, seed, epoch):
@@ -608,13 +615,9 @@ def benchmark(args):
             del options["view"], options["blends_to_D"], options["extra_G_loss"]
         gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch, **options)
 
-    def loop(run):
-        x, h, h_wrong = batches.batch(positions)
-        step(run, extras=True)
-        run.step += 1
-        if run.recipe["r1"] and run.step % 4 == 0:
-            run.gradient_penalty_step(x, h, 4 * run.recipe["r1"])
-        update_ema(run.G_ema, run.G, run.recipe["ema"])
+    def four_steps():                           # every fourth has the gradient penalty
+        for _ in range(4):
+            training_step(ours, *batches.batch(positions))
 
     plain = Run(dict(settings, precision="fp32"), device, layout=torch.contiguous_format)
     ours = Run(settings, device)
@@ -631,7 +634,7 @@ def benchmark(args):
     t_plain = milliseconds(lambda: step(plain, extras=False), device)
     t_ours = milliseconds(lambda: step(ours, extras=False), device)
     t_extras = milliseconds(lambda: step(ours, extras=True), device)
-    t_loop = milliseconds(lambda: [loop(ours) for _ in range(4)], device) / 4   # R1: each fourth
+    t_loop = milliseconds(four_steps, device) / 4
     print(f"  Algorithm 1, fp32, default layout         {t_plain:.1f} ms")
     print(f"  Algorithm 1, {settings['precision']}, channels last"
           f"           {t_ours:.1f} ms: {t_plain / t_ours:.2f} times as fast")
@@ -680,7 +683,8 @@ def parse_args():
     add("--batch-size", type=count, help="default: of recipe paper 64, of the others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
-    add("--out", type=Path, metavar="DIR", help="where the run is kept (runs/DATASET-VARIANT)")
+    add("--out", type=Path, metavar="DIR",
+        help="where the run is kept (runs/DATASET-VARIANT[-SEED])")
     add("--resume", action="store_true", help="go on with the run that is there")
     add("--compile", action="store_true", help="torch.compile the networks; may be no quicker")
     add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
