@@ -395,6 +395,27 @@ def frechet_distance(a, b):
     return (squares + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+def read_features(path):
+    """Features of images by a network of the user's own: a .npy file -> (N, d) float32."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read features from {path}: {error}") from None
+    if rows.dtype.kind != "f" or rows.ndim != 2 or len(rows) < 2 or not np.isfinite(rows).all():
+        raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected finite floats (N, d), a "
+                        "row for each of two or more images")
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+def measure_files(paths):
+    """--frechet: the distance of two files of features, real and generated."""
+    a, b = [read_features(path) for path in paths]
+    if a.shape[1] != b.shape[1]:
+        raise UserError(f"{paths[0]} has {a.shape[1]} features an image, {paths[1]} has "
+                        f"{b.shape[1]}: name two files by the same network")
+    print(f"Frechet distance {frechet_distance(a, b):.4f}, {len(a):,} and {len(b):,} images")
+
+
 def mean_frechet_distance(features_a, features_b):
     """The mean of the Frechet distances on each scorer's features. Not the FID of papers, which
     takes the features of an Inception network: compare it only within one table."""
@@ -734,7 +755,7 @@ def measure_runs(args):
     if scorers.say_little(top_1):
         print(f"The scorers name the class of {top_1:.0%} of the real images, by chance it would "
               f"be {scorers.chance:.0%}: on this data set 'sentences matched' and the Frechet "
-              "distance say little.")
+              "distance say little; --save-images and --frechet are for a network of your own")
     print_json(models, results, references, test, args.truncation)
 
     out = args.out or Path("runs") / f"{data.short_name(ds.name)}-measure"
@@ -780,6 +801,8 @@ def parse_args():
     mode("--interpolate-style", action="store_true", help="move between noises: a row a text")
     mode("--style", nargs="+", metavar="IMAGE", help="the style of these images, a column each")
     mode("--measure", nargs="+", metavar="RUN", help="measure these runs, of one data set")
+    mode("--frechet", nargs=2, metavar="FILE.npy",
+         help="the Frechet distance of features, by a network of your own, of two sets of images")
     add("--dataset", help="with --measure: where the runs' data set is now, if it has moved")
     add("--from", dest="source", metavar="DIR",
         help="with --measure: folder with the archives of cub or flowers")
@@ -799,6 +822,10 @@ def check_args(args):
         return
     if args.dataset or args.source or args.save_images:
         raise UserError("--dataset, --from and --save-images go with --measure")
+    if args.frechet:
+        if args.texts or args.weights:
+            raise UserError("--frechet takes two files, no texts and no --weights")
+        return
     if not args.texts:
         raise UserError('no text: say what to generate, such as "an all black bird"')
     if args.interpolate and len(args.texts) != 2:
@@ -812,6 +839,8 @@ def main():
     args = parse_args()
     if args.measure:
         return measure_runs(args)
+    if args.frechet:
+        return measure_files(args.frechet)
 
     texts = [" ".join(text.split()) for text in args.texts]
     for text in texts:

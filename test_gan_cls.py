@@ -4514,6 +4514,28 @@ def test_bad_input_to_sample(here, capsys):
         assert not (here / "sample.png").exists()
 
 
+def test_the_distance_of_given_features(here, capsys):
+    """Of N(0, 1) moved by 2 in one of 3 directions, in float16 too: 4."""
+    a = np.random.default_rng(0).standard_normal((500, 3))
+    np.save("a.npy", a)
+    np.save("moved.npy", (a + [2, 0, 0]).astype(np.float16))
+    assert call(sample, "--frechet", "a.npy", "moved.npy") == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split()[2].strip(",")) == pytest.approx(4, abs=0.01)
+    assert "500 and 500 images" in printed
+
+    np.save("wide.npy", np.zeros((5, 4)))
+    np.save("whole.npy", np.zeros((5, 3), np.int64))
+    np.save("nan.npy", np.full((5, 3), np.nan))
+    np.save("one.npy", np.zeros((1, 3)))
+    (here / "text.npy").write_text("no array")
+    for name, message in (("wide", "has 4: name two files"), ("whole", "expected finite floats"),
+                          ("nan", "expected finite floats"), ("one", "expected finite floats"),
+                          ("text", "cannot read"), ("absent", "cannot read")):
+        check_refused(capsys, sample, ["--frechet", "a.npy", f"{name}.npy"], message)
+    check_refused(capsys, sample, ["a bird", "--frechet", "a.npy", "a.npy"], "no texts")
+
+
 # ==============================================================================================
 # Robustness
 # ==============================================================================================
