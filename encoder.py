@@ -200,6 +200,15 @@ class ImageEncoder(nn.Module):
         return self.head(x)                                     # (N, 1024)
 
 
+def open_features(path):
+    """A .npy file of features, a row for each image -> an array that stays on the disk. Raises
+    UserError."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read features from {path}: {error}") from None
+
+
 def frozen_features(ds, path, device="cpu"):
     """Given features of all images -> (N, 1024) float32. path: a .npy file, a row for each image of
     the source, in the source's order. Raises UserError.
@@ -210,11 +219,7 @@ def frozen_features(ds, path, device="cpu"):
     if not path:
         raise UserError("this text encoder's image side is features that are given: name their "
                         "file with --image-features FILE.npy")
-    try:
-        rows = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read features from {path}: {error}") from None
-
+    rows = open_features(path)
     # ds.rows: the row of each image in the file, which has rows for images that were skipped, too.
     least = int(ds.rows.max()) + 1
     if rows.dtype.kind != "f" or rows.shape[1:] != (TEXT_DIM,) or len(rows) < least:

@@ -348,8 +348,7 @@ def sum_3x3(x):
 
 
 def mode_seeking_loss(z1, z2, x1, x2):
-    """The mode-seeking term (Mao et al., CVPR 2019): small when different noises
-    give different images.
+    """Mode seeking (Mao et al., CVPR 2019): small when different noises give different images.
 
     z1, z2 (N, 100), x1, x2 (N, 3, 64, 64); x1[i] and x2[i] have the same text -> scalar.
     """

@@ -397,10 +397,7 @@ def frechet_distance(a, b):
 
 def read_features(path):
     """Features of images by a network of the user's own: a .npy file -> (N, d) float32."""
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read features from {path}: {error}") from None
+    rows = encoder.open_features(path)
     if rows.dtype.kind != "f" or rows.ndim != 2 or len(rows) < 2 or not np.isfinite(rows).all():
         raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected finite floats (N, d), a "
                         "row for each of two or more images")
@@ -755,7 +752,7 @@ def measure_runs(args):
     if scorers.say_little(top_1):
         print(f"The scorers name the class of {top_1:.0%} of the real images, by chance it would "
               f"be {scorers.chance:.0%}: on this data set 'sentences matched' and the Frechet "
-              "distance say little; --save-images and --frechet are for a network of your own")
+              "distance say little; --save-images and --frechet are for a network of your own.")
     print_json(models, results, references, test, args.truncation)
 
     out = args.out or Path("runs") / f"{data.short_name(ds.name)}-measure"

@@ -4529,9 +4529,12 @@ def test_the_distance_of_given_features(here, capsys):
     np.save("nan.npy", np.full((5, 3), np.nan))
     np.save("one.npy", np.zeros((1, 3)))
     (here / "text.npy").write_text("no array")
+    np.savez("zip", np.zeros((5, 3)))
+    (here / "zip.npz").rename("zip.npy")
     for name, message in (("wide", "has 4: name two files"), ("whole", "expected finite floats"),
                           ("nan", "expected finite floats"), ("one", "expected finite floats"),
-                          ("text", "cannot read"), ("absent", "cannot read")):
+                          ("text", "cannot read"), ("zip", "cannot read"),
+                          ("absent", "cannot read")):
         check_refused(capsys, sample, ["--frechet", "a.npy", f"{name}.npy"], message)
     check_refused(capsys, sample, ["a bird", "--frechet", "a.npy", "a.npy"], "no texts")
 
@@ -4593,8 +4596,12 @@ def test_checkpoints_are_not_written_too_often(tiny, monkeypatch):
     """On a GPU the steps between two saves would take less time than a save."""
     written = []
     save = train.Run.save
-    monkeypatch.setattr(train.Run, "save", lambda run, path: [written.append(run.step),
-                                                              save(run, path)])
+
+    def watched(run, path):
+        written.append(run.step)
+        save(run, path)
+
+    monkeypatch.setattr(train.Run, "save", watched)
     for seconds, expected in ((0, [4, 8, 10, 10]), (1000, [10, 10])):       # the last one for S
         monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
         assert call(train, *TINY, "--steps", 10, "--out", f"run-{seconds}") == 0
