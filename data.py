@@ -1315,9 +1315,9 @@ class Batches:
     def __len__(self):
         return len(self.training_images)
 
-    def texts(self, images, captions=None):
+    def texts(self, images):
         """h of images (B,): the mean of k random captions of each -> (B, 1024) float32."""
-        low, high = captions or self.captions
+        low, high = self.captions
         rows = random_captions(self.caption_starts, images, high)       # (high, B)
         h = self.caption_table[rows].float()                            # (high, B, 1024)
         if low == high:
@@ -1427,6 +1427,10 @@ def run_script(main):
     except (UserError, OSError) as error:       # OSError: a full disk, a folder without rights
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end what "
+              "else runs on it", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -1498,10 +1502,11 @@ def load_network(make, state):
 
 @contextlib.contextmanager
 def checkpoint_errors(path):
-    """Inside it any failure is a UserError: a checkpoint of another sort can fail anywhere."""
+    """Inside it any failure is a UserError: a checkpoint of another sort can fail anywhere. But
+    a full disk or a full GPU is not the checkpoint's fault."""
     try:
         yield
-    except UserError:
+    except (UserError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"{path} does not fit this version's networks ({type(error).__name__}): "

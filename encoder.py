@@ -12,7 +12,8 @@ its embedding another letter phi than for the text's; we write x and v(x).)
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 
 To put another text encoder in phi's place, change these functions, empty SHIPPED, and remove
-runs/*-encoder.pt and runs/*-scorer-*.pt, which hold the old one:
+runs/*-encoder.pt, runs/*/encoder.pt and runs/*-scorer-*.pt, which hold the old one, and, whenever
+`embed` changes, cache/*-captions-*.npy, which hold what it gave:
 
     embed(phi, texts)   list of str -> (len(texts), 1024) float32, equal rows for equal texts. G's
                         noise z is N(0, 1), so h should be of that order too, with its variance in
@@ -44,7 +45,7 @@ import data
 from data import (
     UserError, autocast, caption_starts, centre_crops, grad_scaler, image_tensor, load_checkpoint,
     load_network, random_captions, random_crops, save_checkpoint)
-from gan_cls import MAP, TEXT_DIM, ImageTower, init_weights
+from gan_cls import MAP, TEXT_DIM, ImageTower, init_weights, update_ema
 
 # ---- The alphabet ----------------------------------------------------------------------------
 
@@ -307,17 +308,6 @@ class Minibatches:
         return x, tokens.to(self.device)
 
 
-@torch.no_grad()
-def update_ema(ema, net, decay):
-    """ema <- decay * ema + (1 - decay) * net: weights, and batch norm's means and variances.
-
-    In place: what a state_dict holds are the network's own tensors.
-    """
-    old = [t for t in ema.state_dict().values() if t.is_floating_point()]
-    new = [t for t in net.state_dict().values() if t.is_floating_point()]
-    torch._foreach_lerp_(old, new, 1 - decay)
-
-
 def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, image_side="conv",
                   image_features=None, seed=0, classes=CLASSES, anneal=None, log=print):
     """Train phi and v on the training classes of a data set -> a checkpoint.
@@ -374,7 +364,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
             mean_loss = float(total_loss) / (step - logged)
             if not math.isfinite(mean_loss):
                 raise UserError(f"the text encoder's loss is no longer finite at step {step}: try "
-                                "--precision fp32 or another --seed")
+                                "--precision fp32, or encoder.py with another --seed")
             log(f"text encoder: step {step}/{steps}  loss {mean_loss:.3f}  "
                 f"{(time.time() - start) / step * 1000:.0f} ms a step")
             total_loss = 0.0
@@ -667,6 +657,9 @@ def main():
     elif args.evaluate:
         checkpoint = load_checkpoint(path, "encoder")
         check_encoder(checkpoint, path, ds, image_side)
+    elif path.exists():
+        raise UserError(f"{path} is there already: add --evaluate to measure it; to train a new "
+                        "one, remove it or name another --out")
     else:
         checkpoint = train_encoder(
             ds, args.device, args.steps, precision, image_side=image_side or "conv",

@@ -7,7 +7,8 @@ Read this file with the paper open: it goes in the paper's order.
     4.3  GAN-INT, eq. 5              -> interpolate
          Algorithm 1, with both      -> gan_cls_step
     4.4  style transfer, eq. 6       -> StyleEncoder, style_loss
-    --   what is not in the paper    -> augment, sharpen, mode_seeking_loss, r1_penalty
+    --   what is not in the paper    -> augment, sharpen, mode_seeking_loss, r1_penalty,
+                                         update_ema
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
 `encoder.py`), h_wrong the embedding of a caption that does not describe the image, z the noise,
@@ -371,3 +372,15 @@ def r1_penalty(D, x, h):
     slope_x, slope_h = torch.autograd.grad(D(x, h).sum(), (x, h), create_graph=True)
     # E |dD/dx|^2 + E |dD/dh|^2
     return slope_x.square().sum((1, 2, 3)).mean() + slope_h.square().sum(1).mean()
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net: weights, and batch norm's means and variances.
+
+    G's moving average draws better images than its last weights.
+    In place: what a state_dict holds are the network's own tensors.
+    """
+    old = [t for t in ema.state_dict().values() if t.is_floating_point()]
+    new = [t for t in net.state_dict().values() if t.is_floating_point()]
+    torch._foreach_lerp_(old, new, 1 - decay)

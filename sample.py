@@ -56,6 +56,7 @@ class Model:
                 self.S = data.load_network(StyleEncoder, checkpoint["S"])
                 self.S.to(self.device).eval()
             self.phi, _ = encoder.build(checkpoint["encoder"], self.device)
+            self.phi_settings = dict(checkpoint["encoder"]["settings"])
         self.G.to(self.device).eval()
 
     @torch.no_grad()
@@ -398,10 +399,13 @@ def frechet_distance(a, b):
 def read_features(path):
     """Features of images by a network of the user's own: a .npy file -> (N, d) float32."""
     rows = encoder.open_features(path)
-    if rows.dtype.kind != "f" or rows.ndim != 2 or len(rows) < 2 or not np.isfinite(rows).all():
-        raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected finite floats (N, d), a "
-                        "row for each of two or more images")
-    return torch.from_numpy(rows.astype(np.float32))
+    if rows.dtype.kind != "f" or rows.ndim != 2 or min(rows.shape) < 2:
+        raise UserError(f"{path} holds {rows.dtype} {rows.shape}: expected floats (N, d), a row of "
+                        "two or more numbers for each of two or more images")
+    rows = torch.from_numpy(rows.astype(np.float64)).float()
+    if not rows.isfinite().all():
+        raise UserError(f"{path} holds numbers that are not finite in 32 bits")
+    return rows
 
 
 def measure_files(paths):
@@ -611,12 +615,13 @@ def check_dataset(models, ds, moved):
 
 
 def group_by_seed(models):
-    """{column of the table: names of its runs}. Runs that are equal in all but seed and precision
-    make one column; a run that has no such company is a column of its own."""
+    """{column of the table: names of its runs}. Runs that are equal, phi included, in all but seed
+    and precision make one column; a run that has no such company is a column of its own."""
     groups = {}
     for name, model in models.items():
-        but_seed = {k: v for k, v in model.settings.items() if k not in ("seed", "precision")}
-        groups.setdefault(repr(sorted(but_seed.items())), []).append(name)
+        settings = [*model.settings.items(), *model.phi_settings.items()]
+        but_seed = [(k, v) for k, v in settings if k not in ("seed", "precision")]
+        groups.setdefault(repr(sorted(but_seed)), []).append(name)
 
     columns = {}
     for names in groups.values():

@@ -27,9 +27,8 @@ import torch
 import data
 import encoder
 from data import Batches, UserError
-from encoder import update_ema
 from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step,
-                     mode_seeking_loss, r1_penalty, sharpen, style_loss, update)
+                     mode_seeking_loss, r1_penalty, sharpen, style_loss, update, update_ema)
 
 # The four models are two switches of one step.
 VARIANTS = {
@@ -93,8 +92,8 @@ def train(run, batches, out_dir, sample_grid, log=print):
 
     sample_grid(G) -> an image of samples. Progress lines are means since the last one.
     """
-    s = run.settings
-    B = s["batch_size"]
+    settings = run.settings
+    B = settings["batch_size"]
     per_epoch = max(1, len(batches) // B)
     meter = Meter(run, log)
     order = None
@@ -104,13 +103,13 @@ def train(run, batches, out_dir, sample_grid, log=print):
         while not last:
             epoch, i = divmod(run.step, per_epoch)
             if i == 0 or order is None:
-                order = epoch_order(len(batches), s["seed"], epoch).to(run.device)
+                order = epoch_order(len(batches), settings["seed"], epoch).to(run.device)
             x, h, h_wrong = batches.batch(order[i * B:(i + 1) * B])
 
             set_rates(run, epoch)
             meter.add(training_step(run, x, h, h_wrong))
 
-            last = run.step == s["steps"] or bool(stopped)
+            last = run.step == settings["steps"] or bool(stopped)
             if run.step % EVERY["log"] == 0 or last:        # only here does the CPU wait for CUDA
                 means = meter.means()
                 check_health(means, run.history, run.step)
@@ -123,7 +122,7 @@ def train(run, batches, out_dir, sample_grid, log=print):
             if due or last:
                 run.save(out_dir / "checkpoint.pt")
                 saved = time.time()
-    return run.step == s["steps"]
+    return run.step == settings["steps"]
 
 
 def training_step(run, x, h, h_wrong):
@@ -193,7 +192,7 @@ class Meter:
 
 
 def check_health(means, history, step):
-    """Stop a run that cannot recover, before it overwrites its last good checkpoint."""
+    """Stop a run that cannot recover; where a loss is not finite, before anything is saved."""
     if not all(math.isfinite(value) for value in means.values()):
         raise UserError(
             f"a loss is no longer finite at step {step}: go on from the last checkpoint with "
@@ -203,7 +202,7 @@ def check_health(means, history, step):
     if len(won) > 5 and all(won):
         raise UserError(
             f"D has won at step {step}: it is certain of every image and teaches G nothing "
-            "more; try --recipe quick, a smaller --ndf or another --seed")
+            "more; try a smaller --ndf or another --seed")
 
 
 @contextlib.contextmanager
@@ -436,23 +435,26 @@ def main():
 
 
 def train_variant(args, variant):
-    # 1. A new run, or one that was stopped.
+    # 1. A new run, or one that was stopped. Of "all", some may be there and others not.
     folder = args.out or run_folder(args, variant)
     path = folder / "checkpoint.pt"
-    if args.resume or (args.variant == "all" and path.exists()):
+    resume = path.exists() if args.variant == "all" else args.resume
+    if resume:
         run, ds = resumed_run(args, variant, path)
     else:
         run, ds = new_run(args, variant, path)
-    s = run.settings
+    settings = run.settings
+    precision = settings["precision"]
     phi, _ = encoder.build(run.phi_checkpoint, run.device)
-    table = encoder.caption_table(ds, phi, s["precision"])
+    table = encoder.caption_table(ds, phi, precision)
     batches = Batches(ds, table, run.device, run.recipe["captions"])
-    print(f"{s['dataset']}, {s['variant']}, recipe {s['recipe']}: {len(batches):,} images, "
-          f"{s['steps']:,} steps, {s['precision']} on {run.device}; ngf {s['ngf']}, ndf {s['ndf']}")
+    print(f"{settings['dataset']}, {settings['variant']}, recipe {settings['recipe']}: "
+          f"{len(batches):,} images, {settings['steps']:,} steps, {precision} on {run.device}; "
+          f"ngf {settings['ngf']}, ndf {settings['ndf']}")
 
     # 2. G and D. In the grids of samples all texts have the same noises.
     texts = [ds.captions[i][0] for i in data.example_images(ds)]
-    h = encoder.embed(phi, texts, s["precision"])
+    h = encoder.embed(phi, texts, precision)
     z = torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(run.device)
 
     @torch.no_grad()
@@ -460,14 +462,14 @@ def train_variant(args, variant):
         rows = [data.to_pixels(G(z, text.expand(len(z), -1))) for text in h]
         return data.image_grid(rows, texts)
 
-    if run.step < s["steps"]:
+    if run.step < settings["steps"]:
+        run.S = None                            # S belonged to the old G: retrain it
         if args.compile:
             compile_networks(run, batches)
         if not train(run, batches, folder, sample_grid):
             print(f"stopped at step {run.step} and saved; go on with:  "
                   f"python train.py --out {shlex.quote(str(folder))} --resume")
             sys.exit(130)
-        run.S = None                            # S belonged to the old G: retrain it
 
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
     if run.S is None:
@@ -538,18 +540,26 @@ def choose_settings(args, variant, ds, device):
 def resumed_run(args, variant, path):
     """(run, data set) from a checkpoint. What the command line says must agree with it."""
     if not path.exists():
-        raise UserError(f"nothing to resume: there is no {path}")
+        raise UserError(f"nothing to resume: there is no {path}; leave --resume out to begin it")
     checkpoint = data.load_checkpoint(path, "gan-cls")
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         check_agreement(args, variant, settings, path)
-        ds = data.load(dataset_name(args) or settings["dataset"], args.source)
+        trained_on = dataset_name(args) or settings["dataset"]
+    ds = data.load(trained_on, args.source)     # what fails here is not the checkpoint's fault
+    with data.checkpoint_errors(path):
         if ds.digest() != settings["digest"]:
             raise UserError(
                 f"{path} was trained on {settings['dataset']} as it was then; {ds.name} has other "
                 "captions or another split: name the same data, or another --out for a new run")
         settings["dataset"] = ds.name           # the same data may have moved
-        settings["steps"] = args.steps or settings["steps"]
+        steps = args.steps or settings["steps"]
+        if args.epochs:
+            steps = args.epochs * (len(ds.training_images()) // settings["batch_size"])
+        if steps < checkpoint["step"]:
+            raise UserError(f"{path} has done {checkpoint['step']:,} steps already: ask for as "
+                            "many or more, or name another --out for a new run")
+        settings["steps"] = steps
         if args.precision not in (None, "auto"):
             settings["precision"] = args.precision
         run = Run(settings, args.device, checkpoint["encoder"])
@@ -559,8 +569,9 @@ def resumed_run(args, variant, path):
 
 def check_agreement(args, variant, settings, path):
     """Raise UserError where an option was given that is not the run's."""
-    if args.epochs:
-        raise UserError("with --resume, say in --steps how far to go")
+    if args.resume and (args.image_encoder or args.image_features):
+        raise UserError(f"{path} holds its text encoder already: leave --image-encoder and "
+                        "--image-features out, or name another --out for a new run")
     asked = dict(recipe=args.recipe, batch_size=args.batch_size, seed=args.seed, ngf=args.ngf,
                  ndf=args.ndf, variant=variant if args.variant else None)
     for key, value in asked.items():
@@ -605,7 +616,8 @@ def benchmark(args):
         "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
         np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
-    batches = Batches(ds, torch.randn(n, 1024).half().to(device), device)
+    captions = RECIPES[settings["recipe"]]["captions"]
+    batches = Batches(ds, torch.randn(n, 1024).half().to(device), device, captions)
     positions = torch.arange(settings["batch_size"], device=device)
     batch = batches.batch(positions)
 
@@ -692,6 +704,8 @@ def parse_args():
     args = parser.parse_args()
     if args.variant == "all" and args.out:
         parser.error("--variant all keeps each run in its own folder: leave --out out")
+    if args.variant == "all" and (args.benchmark or args.export):
+        parser.error("--benchmark and --export take one --variant, not all")
     return args
 
 
