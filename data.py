@@ -1428,8 +1428,8 @@ def run_script(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end what "
-              "else runs on it", file=sys.stderr)
+        print("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end "
+              "what else runs on it", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
