@@ -355,7 +355,7 @@ def build_cub(images_path, captions_path, around_box=False):
     box_of = None
     if around_box:      # the boxes must be known before the images are read
         box_of = CubTables(images_path, read_files(images_path, CUB_TABLES).texts).box
-    files = read_files(images_path, f"{IMAGE_NAMES}|{CUB_TABLES}", box_of)
+    files = read_files(images_path, f"{PHOTOGRAPHS}|{CUB_TABLES}", box_of)
     tables = CubTables(images_path, files.texts)
     if around_box and not tables.boxes:
         raise UserError(f"{images_path} has no bounding boxes: cub-box needs images.txt and "
@@ -451,7 +451,7 @@ FLOWERS_UNSEEN = set(range(1, 21))      # testclasses.txt of the authors
 
 def build_flowers(images_path, captions_path):
     """jpg/image_00001.jpg and class_00077/image_00001.txt: the class is where the text lies."""
-    files = read_files(images_path, IMAGE_NAMES)
+    files = read_files(images_path, PHOTOGRAPHS)
     captions, unseen, skipped = read_caption_archive(captions_path, files.images, FLOWERS_UNSEEN)
     examples = []
     # The source's order is that of the file names, which Oxford-102 numbers throughout. Where each
@@ -467,7 +467,7 @@ def build_flowers(images_path, captions_path):
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpg"}
 TEXT_FOLDERS = {"text", "texts", "txt", "captions", "caption", "text_c10"}
 TRAINING_FOLDER = r"train(ing)?\d*"
-TEST_FOLDER = r"(val|valid|validation|test|testing)\d*"
+TEST_FOLDER = r"(val|valid|validation|dev|eval|test|testing)\d*"
 CAPTION_TABLES = r"(^|/)(metadata\.jsonl|metadata\.csv|captions_[^/]*\.json)$"
 
 
@@ -536,7 +536,8 @@ def folder_classes(folders):
     top = {image: folder.split("/")[0].lower() for image, folder in inside.items()}
     in_training = [image for image in folders if re.fullmatch(TRAINING_FOLDER, top[image])]
     in_test = [image for image in folders if re.fullmatch(TEST_FOLDER, top[image])]
-    is_split = in_training and in_test and len(in_training) + len(in_test) == len(folders)
+    beside = sorted(set(folders) - {*in_training, *in_test})
+    is_split = in_training and in_test and not beside
 
     classes = {}
     for image, folder in inside.items():
@@ -545,11 +546,15 @@ def folder_classes(folders):
     notes = []
     if is_split:
         unseen = {classes[image] for image in in_test}
-        in_both = unseen & {classes[image] for image in in_training}
+        trained = {classes[image].lower() for image in in_training}
+        in_both = [name for name in unseen if name.lower() in trained]
         if not in_both:
             return classes, unseen, notes
         notes.append(f"{top[in_test[0]]}/ is not taken as the split: {len(in_both)} of its classes "
                      "are in the training folder too")
+    elif in_training and in_test:
+        notes.append(f"{top[in_training[0]]}/ and {top[in_test[0]]}/ are not taken as the split: "
+                     f"{len(beside)} images with captions lie beside them, such as {beside[0]}")
     names = sorted(set(classes.values()))
     random.Random(0).shuffle(names)
     return classes, set(names[:len(names) // 4]), notes
@@ -557,21 +562,24 @@ def folder_classes(folders):
 
 def add_table(captions, table, content):
     """Add the captions of a table to {image: list of captions}. Returns the lines to skip."""
-    called = {}         # by the file's name alone: COCO says no more
+    at = {}             # by the whole path, and by the file's name alone: COCO says no more
+    called = {}
     for image in captions:
-        called.setdefault(posixpath.basename(image), []).append(image)
+        at.setdefault(image.lower(), []).append(image)
+        called.setdefault(posixpath.basename(image).lower(), []).append(image)
     lost = []
     for file, caption in table_rows(table, content):
         file = file.replace("\\", "/")
         image = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
-        if image not in captions and len(called.get(file, [])) == 1:
-            image = called[file][0]
-        if image in captions:
+        if image not in captions:
+            named = at.get(image.lower()) or called.get(file.lower(), [])
+            image = named[0] if len(named) == 1 else None
+        if image:
             captions[image] += clean_captions([caption])
         else:
             lost.append(file)
     if lost:
-        return [f"{table}: {len(lost)} of its rows name no image that is here, such as {lost[0]}"]
+        return [f"{table}: {len(lost)} {NO_IMAGE}, such as {lost[0]}"]
     return []
 
 
@@ -747,6 +755,7 @@ def file_md5(path):
 
 # ---- Which caption belongs to which image ----------------------------------------------------
 NO_CAPTION = "no caption"
+NO_IMAGE = "of its rows name no image that is here"
 CLASS_LISTS = r"classes\d*\.txt$"       # testclasses.txt, trainvalclasses.txt, allclasses.txt
 
 
@@ -801,7 +810,7 @@ def read_caption_archive(captions_path, images, unseen):
     pairs, alone = match(images, set(texts) - lists, last_folder)
 
     # The class is the image's folder; where all images are in one, the caption's.
-    one_folder = len({last_folder(image) for image in images}) == 1
+    one_folder = len({last_folder(image) for image in pairs}) == 1
     found = {}
     skipped = []
     for image, decoded in images.items():
@@ -853,6 +862,8 @@ MAX_CAPTIONS = 100              # of one image; more are left out
 # Not every Pillow reads the last four. They count as images nevertheless, so that they are listed
 # as skipped and do not vanish unseen.
 IMAGE_NAMES = r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|heif|jxl)$"
+# Not the outlines of the birds and flowers, which lie beside the photographs under the same names.
+PHOTOGRAPHS = rf"^(?!.*(^|/)(segmentations|segmim)/).*{IMAGE_NAMES}"
 Image.init()
 FORMATS = [kind for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
            if kind in Image.OPEN]       # and not EPS, which is a program that would be run
@@ -882,7 +893,8 @@ def read_files(path, pattern, box_of=None):
         except ValueError as error:
             skipped.append(f"{name}: {error}")
 
-    with ThreadPoolExecutor() as pool:          # Pillow decodes outside Python's lock
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")         # Pillow's own about large images
         for name, content in iterate_files(path, pattern):
             if content is None:
                 skipped.append(f"{name}: is a link or a device, not a file")
@@ -891,7 +903,7 @@ def read_files(path, pattern, box_of=None):
                 waiting.append((name, pool.submit(read_image, content, box)))
             else:
                 texts[name] = content
-            if len(waiting) > 256:              # so that a gigabyte of images does not pile up
+            if len(waiting) > 32:               # so that a gigabyte of images does not pile up
                 finish_one()
         while waiting:
             finish_one()
@@ -922,7 +934,7 @@ def iterate_files(path, pattern):
         raise
     except Exception as error:          # the readers raise all sorts of things on broken archives
         raise UserError(f"{path} is damaged, broken off or not an archive ({type(error).__name__}: "
-                        f"{error}): fetch it again") from None
+                        f"{error}): remove it and fetch it again") from None
 
 
 def folder_files(folder, above=()):
@@ -930,8 +942,9 @@ def folder_files(folder, above=()):
     real = folder.resolve()
     if real in above:
         return
+    ours = (CACHE.resolve(), Path("runs").resolve())    # these change while they are read
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or real / entry.name in ours:
             continue
         if entry.is_dir():
             yield from folder_files(entry, (*above, real))
@@ -1037,26 +1050,24 @@ def read_image(data, box=None):
     data: the file's bytes. box (x, y, width, height): show only a square around it. Like the
     authors, scales to 76x76 without keeping the proportions. Raises ValueError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # Pillow's own about large images
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width}x{height} pixels, too many")
-            window = square_around(box, image.size) if box else (0, 0, width, height)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, too many")
+        window = square_around(box, image.size) if box else (0, 0, width, height)
 
-            # A large JPEG can be decoded at a half, a quarter ... of its size, as long as the
-            # window has twice the pixels that are needed.
-            left, top, right, bottom = window
-            enough_x = 2 * IMAGE_SIZE * width / (right - left)
-            enough_y = 2 * IMAGE_SIZE * height / (bottom - top)
-            image.draft("RGB", (round(enough_x), round(enough_y)))
-            scale_x = image.width / width
-            scale_y = image.height / height
-            part = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-            image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)
-            image = ImageOps.exif_transpose(image)      # phones store upright images lying down
-            return np.asarray(image), window
+        # A large JPEG can be decoded at a half, a quarter ... of its size, as long as the window
+        # has twice the pixels that are needed.
+        left, top, right, bottom = window
+        enough_x = 2 * IMAGE_SIZE * width / (right - left)
+        enough_y = 2 * IMAGE_SIZE * height / (bottom - top)
+        image.draft("RGB", (round(enough_x), round(enough_y)))
+        scale_x = image.width / width
+        scale_y = image.height / height
+        part = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+        image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)
+        image = ImageOps.exif_transpose(image)          # phones store upright images lying down
+        return np.asarray(image), window
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that this Pillow cannot read") from None
     except Exception as error:          # Pillow's decoders raise all sorts of things
@@ -1076,11 +1087,14 @@ def square_around(box, size):
 
 
 def to_rgb(image):
-    """Any mode of Pillow's to RGB. 16-bit greys are scaled, transparency is laid on white."""
+    """Any mode of Pillow's to RGB. 16-bit greys, and floats from 0 to 1, are scaled; what is
+    transparent is laid on white."""
     if image.mode.startswith(("I", "F")):
         grey = np.nan_to_num(np.asarray(image).astype(np.float32))
         if grey.max() > 255:
             grey = grey / 257
+        elif image.mode == "F" and grey.max() <= 1:
+            grey = grey * 255
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -1095,7 +1109,7 @@ def decode_text(data):
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return data.decode("utf-16" if is_utf16 else "latin-1", errors="replace")
+        return data.decode("utf-16" if is_utf16 else "cp1252", errors="replace")
 
 
 def read_captions(data):
@@ -1148,8 +1162,10 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
     """Write a cache to a folder of another name, which is then renamed: a killed or a second
     process never leaves half of one. label: its `short_name`."""
     if not examples:
+        # What concerns the whole stands last, and says more than any image's own line.
         without = [line for line in skipped if line.endswith(NO_CAPTION)]
-        why = f": {(without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
+        whole = [line for line in skipped if NO_IMAGE in line]
+        why = f": {(whole or without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
         raise UserError(f"{label}: found no image with a caption{why}")
     for example in examples:                        # mistakes of a new builder
         assert isinstance(example.pixels, np.ndarray), "pixels: the first of (pixels, window)"
@@ -1215,7 +1231,7 @@ def read_cache(folder, name):
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
         return Dataset(name=name, captions=meta["captions"], class_names=meta["class_names"],
                        skipped=skipped, **arrays)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise UserError(f"the cache {folder} is damaged ({type(error).__name__}: {error}): "
                         "remove this folder, it is then built again") from None
 

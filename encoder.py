@@ -206,7 +206,7 @@ def open_features(path):
     UserError."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:          # NumPy raises all sorts of things on a damaged header
         raise UserError(f"cannot read features from {path}: {error}") from None
 
 
@@ -646,6 +646,8 @@ def main():
     args = parser.parse_args()
     if args.weights and not args.evaluate:
         parser.error("--weights names an encoder to measure: add --evaluate")
+    if args.image_encoder and args.image_features and not args.evaluate:
+        parser.error("--image-encoder conv and --image-features are two image sides: name one")
 
     ds = data.load(args.dataset, args.source)
     precision = data.pick_precision(args.device, args.precision)
@@ -654,6 +656,9 @@ def main():
     if args.weights:
         path = WEIGHTS / f"{args.weights}.pt"
         checkpoint = encoder_in(path)
+        if checkpoint["settings"].get("digest") != ds.digest():
+            print(f"{path} was trained on other captions or another split: its figures are not "
+                  "zero-shot if it has seen these classes")
     elif args.evaluate:
         checkpoint = load_checkpoint(path, "encoder")
         check_encoder(checkpoint, path, ds, image_side)

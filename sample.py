@@ -582,6 +582,8 @@ def load_models(runs, device):
         name = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
         if name in models:
             raise UserError(f"two of the runs are called {name}: copy or rename one of them")
+        if name == "real":
+            raise UserError(f"{path}: rename it, \"real\" are the real images")
         models[name] = Model(path, device)
     return models
 

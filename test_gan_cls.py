@@ -1022,6 +1022,18 @@ def test_initialisation():
                 assert not m.bias.any()
 
 
+def test_layers_of_D():
+    """[A] 4.1: leaky ReLUs, of slope 0.2 in the authors' code; batch norm but on the first layer,
+    and on the text as there."""
+    D = gan_cls.Discriminator(8)
+    slopes = {m.negative_slope for m in D.modules() if isinstance(m, nn.LeakyReLU)}
+    assert slopes == {0.2}
+    assert [type(m) for m in D.text] == [nn.Linear, nn.BatchNorm1d, nn.LeakyReLU]
+    assert [type(m) for m in D.joint[:3]] == [nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
+    kinds = [type(m) for m in D.features][:5]
+    assert kinds == [nn.Conv2d, nn.LeakyReLU, nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
+
+
 def test_one_image_pass_serves_two_texts():
     needs_exercises(4)
     _, D = small_nets()
@@ -1614,6 +1626,47 @@ def test_ap_at_50_by_hand():
     assert got == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
+@pytest.mark.parametrize("side", ["features", "conv"])
+def test_evaluate_by_hand(here, side):
+    """Top-1, top-5 and AP@50 on 6 unseen classes of 10 images, by loops."""
+    ds = small_data(here, classes=24, each=10)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, ds.images.shape, dtype=np.uint8)
+    ds = dataclasses.replace(ds, images=images, labels=rng.permutation(ds.labels))
+    phi = small_phi()
+    v = encoder.ImageEncoder(side).eval()
+    features = torch.from_numpy(rng.normal(size=(len(images), 1024)).astype(np.float32))
+
+    unseen = ds.unseen_images()
+    if side == "features":
+        rows = features[unseen]
+    else:
+        crops = [torch.from_numpy(images[i][6:70, 6:70].copy()).permute(2, 0, 1) for i in unseen]
+        rows = v(torch.stack(crops) / 127.5 - 1).detach()
+    emb = dict(zip(unseen, rows))
+
+    means = {}
+    for c in np.flatnonzero(ds.unseen_classes):
+        texts = sum((ds.captions[i] for i in np.flatnonzero(ds.labels == c)), [])
+        means[c] = encoder.embed(phi, texts).mean(0)
+    assert len(means) == 6 and len(unseen) == 60
+    first = []
+    five = []
+    for i, e in emb.items():
+        ranked = sorted(means, key=lambda c: -float(e @ means[c]))
+        first.append(ranked[0] == ds.labels[i])
+        five.append(ds.labels[i] in ranked[:5])
+    found = []
+    for c, mean in means.items():
+        best = sorted(emb, key=lambda i: -float(emb[i] @ mean))[:50]
+        found.append(np.mean([ds.labels[i] == c for i in best]))
+    wanted = {"zero-shot top-1": np.mean(first), "zero-shot top-5": np.mean(five),
+              "AP@50": np.mean(found), "chance": 1 / 6}
+    assert 0 < wanted["zero-shot top-1"] < wanted["zero-shot top-5"] < 1
+    assert encoder.evaluate(ds, phi, v, features if side == "features" else None) == pytest.approx(
+        wanted, abs=1e-6)
+
+
 def test_unseen_classes_are_eq3s_mean_captions(here):
     ds = small_data(here, classes=8)
     phi = small_phi()
@@ -1656,6 +1709,7 @@ def test_whitening_changes_no_score():
         assert (v(x) @ h.T - before).abs().max() < 0.02 * before.abs().max()
         values = torch.linalg.eigvalsh(torch.cov(h.T))
         assert values[-1] < 0.5 * values.sum()          # before, one direction held most of it
+        assert (values > 0.5 * values[-1]).sum() >= 7   # and now several have as much
 
 
 @pytest.mark.parametrize("rows, kind, message", [
@@ -1774,6 +1828,25 @@ def test_ema_is_the_weighted_mean_of_weights_and_statistics():
     assert a.weight.tolist() == [2.0] * 3 and a.running_mean.tolist() == [0.5] * 3
     gan_cls.update_ema(a, b, 0.0)
     assert a.weight.tolist() == [5.0] * 3
+
+
+def test_gradients_of_the_text_encoder_are_clipped(here, monkeypatch):
+    ds = small_data(here)
+    loss = encoder.joint_embedding_loss
+    norms = []
+    clip = nn.utils.clip_grad_norm_
+
+    def watched(parameters, most):
+        before = clip(parameters, most)
+        after = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        norms.append((float(before), float(after)))
+        return before
+
+    monkeypatch.setattr(encoder, "joint_embedding_loss", lambda v, t: 1e6 * loss(v, t))
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
+    quick_encoder(ds)
+    assert len(norms) == 2
+    assert all(before > 5 and after <= 5.001 for before, after in norms)
 
 
 @pytest.mark.parametrize("side", ["conv", "features"])
@@ -2203,6 +2276,22 @@ def test_cub_matches_by_class_and_name(here):
         data.load("cub", here / "b")
 
 
+def test_masks_are_no_photographs(here):
+    """CUB's and Oxford-102's segmentations have the photographs' names."""
+    for folder, photographs, masks in (
+            ("cub", "images/{}/", "segmentations/{}/"), ("flowers", "jpg/", "segmim/")):
+        for i in range(4):
+            kind = f"class_{i + 1:05d}" if folder == "flowers" else f"00{i + 1}.Bird"
+            name = f"image_{i:05d}"
+            unpacked(here / folder, {
+                f"{photographs.format(kind)}{name}.jpg": jpeg(COLOUR_BYTES[i]),
+                f"{masks.format(kind)}{name}.png": jpeg((0, 0, 0), kind="PNG"),
+                f"text_c10/{kind}/{name}.txt": b"a caption"})
+        ds = data.load(folder, here / folder)
+        assert len(ds.images) == 4 and len(ds.class_names) == 4
+        assert all(image.mean() > 20 for image in ds.images)
+
+
 def test_the_square_around_a_bird():
     size = (152, 76)
     # Centre 40, 35, and 70 wide and high: it lies inside the image, and stays as it is.
@@ -2404,7 +2493,7 @@ def test_images_without_classes_are_a_class_each(here, images, texts):
     assert ds.captions == [["one thing"], ["other thing"]]
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "Validation"])
+@pytest.mark.parametrize("held_out", ["test", "val", "Validation", "dev"])
 def test_train_and_test_at_the_top_are_the_split(here, held_out):
     for c in range(4):
         top = "train" if c in (1, 3) else held_out
@@ -2426,6 +2515,32 @@ def test_a_split_whose_classes_are_not_disjoint_is_not_taken(here, capsys):
     assert ds.unseen_classes.sum() == 1
     assert sorted(ds.captions) == sorted([text] for text in texts)
     assert "not taken as the split" in capsys.readouterr().out
+
+
+def test_a_split_with_images_beside_it_is_not_taken(here, capsys):
+    for c in range(4):
+        top = ("train", "test", "more", "train")[c]
+        unpacked(here / "mine", {f"{top}/kind{c}/0.png": jpeg(), f"{top}/kind{c}/0.txt": b"text"})
+    data.load("mine")
+    out = capsys.readouterr().out
+    assert "train/ and test/ are not taken as the split: 1 images" in out and "more/kind2" in out
+
+
+def test_classes_of_a_split_that_differ_in_case_are_the_same(here, capsys):
+    for top, kind in (("train", "Auk"), ("train", "ani"), ("test", "auk"), ("test", "Ani")):
+        unpacked(here / "mine", {f"{top}/{kind}/0.png": jpeg(), f"{top}/{kind}/0.txt": b"text"})
+    data.load("mine")
+    assert "2 of its classes are in the training folder" in capsys.readouterr().out
+
+
+def test_what_this_project_writes_is_not_its_data(here, monkeypatch):
+    own_folder(here / "mine")
+    monkeypatch.chdir(here / "mine")
+    for _ in range(2):
+        unpacked(Path("runs"), {"x/samples/1.png": jpeg(), "x/samples/1.txt": b"a bird"})
+        ds = data.load(".")
+        assert len(ds.images) == 12
+    assert len(list(Path("cache").iterdir())) == 1              # built once
 
 
 def test_links_are_followed_but_not_in_circles(here):
@@ -2479,11 +2594,23 @@ def test_rows_of_a_table_without_image_are_counted(here):
     assert "2 of its rows" in ds.skipped[0] and "gone/1.png" in ds.skipped[0]
 
 
+def test_a_table_may_name_files_in_other_case(here, capsys):
+    table = b"file_name,text\nP0.JPG,a red bird\nSub/p1.jpg,a blue bird\n"
+    unpacked(here / "a", {"p0.jpg": jpeg(), "sub/P1.jpg": jpeg(), "metadata.csv": table})
+    assert sorted(data.load("a").captions) == [["a blue bird"], ["a red bird"]]
+    # Where nothing fits, the table's own line says why.
+    unpacked(here / "b", {f"q{i}.jpg": jpeg() for i in range(4)})
+    unpacked(here / "b", {"metadata.csv": table})
+    with pytest.raises(data.UserError, match="2 of its rows name no image.*P0.JPG"):
+        data.load("b")
+
+
 def test_captions_of_any_encoding():
     read = data.read_captions
     assert read("a bird\r\n\r\n  \n two  birds ".encode()) == ["a bird", "two birds"]
     assert read("\ufeffa bird".encode()) == ["a bird"]
     assert read("un été".encode("latin-1")) == ["un été"]
+    assert read("a bird… with “red” wings".encode("cp1252")) == ["a bird… with “red” wings"]
     assert read("a bird".encode("utf-16")) == ["a bird"]
     assert read(b"") == []
     assert len(read(b"a bird\n" * 1000)) == data.MAX_CAPTIONS
@@ -2505,6 +2632,12 @@ def test_all_kinds_of_images(mode, kind):
     assert pixels.shape == (76, 76, 3) and pixels.dtype == np.uint8
     assert window == (0, 0, 50, 90)
     assert mode == "1" or 80 < pixels.mean() < 160
+
+
+def test_floats_from_0_to_1_are_scaled():
+    out = io.BytesIO()
+    Image.new("F", (9, 9), 0.5).save(out, "TIFF")
+    assert abs(data.read_image(out.getvalue())[0].mean() - 127.5) <= 1
 
 
 def test_transparent_is_white():
@@ -2837,10 +2970,11 @@ def test_a_changed_source_is_seen(here):
     assert first_caption_and_stamp()[0] == "another colour"
 
 
-def test_a_damaged_cache_is_named(here):
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_damaged_cache_is_named(here, size):
     small_data(here)
     images = next(Path("cache").glob("own-mine-*/images.npy"))
-    os.truncate(images, 1000)
+    os.truncate(images, size)
     with pytest.raises(data.UserError, match=f"{images.parent.name} is damaged.*remove"):
         data.load("mine")
 
@@ -3289,6 +3423,63 @@ def test_stopped_in_an_epoch_and_resumed_is_unbroken(tiny, monkeypatch):
     assert whole.pop("history")[-1]["step"] == parts.pop("history")[-1]["step"]
     equal = same(whole, parts)
     assert equal
+
+
+@pytest.mark.parametrize("variant", train.VARIANTS)
+def test_the_loop_gives_the_step_what_the_run_asks_for(tiny, monkeypatch, variant):
+    """Its switches, rates, Adam's betas, captions, and each training image once an epoch."""
+    steps = []
+    positions = []
+    gan_cls_step = train.gan_cls_step
+    batch = data.Batches.batch
+
+    def watched(G, D, opt_G, opt_D, *rest, **options):
+        groups = [optimizer.param_groups[0] for optimizer in (opt_G, opt_D)]
+        steps.append((options["cls"], options["int_"], [(g["lr"], g["betas"]) for g in groups]))
+        return gan_cls_step(G, D, opt_G, opt_D, *rest, **options)
+
+    def drawn(self, index):
+        assert self.captions == train.RECIPES["quick"]["captions"]
+        positions.append(index.tolist())
+        return batch(self, index)
+
+    monkeypatch.setattr(train, "gan_cls_step", watched)
+    monkeypatch.setattr(data.Batches, "batch", drawn)
+    assert call(train, *TINY, "--variant", variant, "--steps", 4, "--out", "run") == 0
+    assert [step[:2] for step in steps] == [tuple(train.VARIANTS[variant].values())] * 4
+    rates = [[rate for rate, _ in step[2]] for step in steps]
+    assert rates == [[4e-4, 2e-4]] * 3 + [[2e-4, 1e-4]]
+    assert all(betas == (0.5, 0.999) for step in steps for _, betas in step[2])
+    epochs = [sum(positions[:2], []), sum(positions[2:], [])]       # 16 images, batches of 8
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs) and epochs[0] != epochs[1]
+    # Q, which learns with G, has moved too.
+    first = first_Q()
+    assert not torch.equal(load_run("run")["Q"]["net.2.weight"], first["net.2.weight"])
+
+
+def first_Q():
+    """The Q that a run of TINY begins with."""
+    settings = dict(recipe="quick", seed=0, ngf=2, ndf=2, precision="fp32")
+    return train.Run(settings, torch.device("cpu")).Q.state_dict()
+
+
+def test_the_average_of_G_and_the_penalty_in_the_loop(here, monkeypatch):
+    """A short memory in the beginning; every fourth step has the penalty, on what D sees."""
+    ds = small_data(here)
+    settings = dict(recipe="quick", seed=0, ngf=2, ndf=2, precision="fp32", batch_size=8,
+                    variant="gan-int-cls")
+    run = train.Run(settings, torch.device("cpu"))
+    batches = data.Batches(ds, torch.randn(len(ds.images) * 2, 1024).half(), torch.device("cpu"))
+    decays = []
+    penalised = []
+    monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: decays.append(decay))
+    monkeypatch.setattr(run, "view", lambda x: x * 0.5)
+    monkeypatch.setattr(train, "r1_penalty", lambda D, x, h: penalised.append(x) or D(x, h).sum())
+    for _ in range(8):
+        x, h, h_wrong = batches.batch(torch.arange(8))
+        train.training_step(run, x, h, h_wrong)
+    assert decays == [n / (n + 10) for n in range(1, 9)]
+    assert len(penalised) == 2 and torch.equal(penalised[1], x * 0.5)
 
 
 def test_no_S_of_an_older_G_is_kept(tiny, monkeypatch, capsys):
@@ -3866,6 +4057,37 @@ def test_measure_shows_a_G_that_knows_one_image_for_blends(small_toy, monkeypatc
     assert results["pixel diversity, blends"] == 0
 
 
+def test_measure_generates_from_the_right_noises_and_texts(small_toy, monkeypatch):
+    """The sentence of each image for the matches; for a style, another image's sentence."""
+    needs_exercises(2)
+    test = sample.make_test_set(small_toy, torch.device("cpu"))
+    n = len(test.texts)
+    h = torch.arange(n).float()[:, None].expand(-1, 1024)
+    monkeypatch.setattr(sample, "embed", lambda phi, texts: h)
+    monkeypatch.setattr(sample, "background_kept", lambda x, y: float(len(x)))
+    monkeypatch.setattr(sample, "direction_kept", lambda y, direction, v, probe: float(len(y)))
+    asked = []
+    verified = []
+    monkeypatch.setattr(sample, "verify_style", lambda emb, pairs: verified.append(emb) or 0.0)
+
+    def generate(z, h):
+        asked.append((z, h[:, 0].int().tolist()))
+        return np.zeros((len(z), 64, 64, 3), np.uint8)
+
+    model = SimpleNamespace(phi=None, S=True, device=torch.device("cpu"), generate=generate,
+                            styles=lambda x: x.flatten(1)[:, :100])
+    scorers = SimpleNamespace(matched=lambda x: (0, 0), real_features=[torch.rand(9, 4)],
+                              features=lambda x: [torch.rand(9, 4)], image_encoders=[None])
+    sample.measure_run(model, test, scorers, probe=True, truncation=0.5)
+    z, texts = asked[0]
+    assert texts == list(range(n)) and z.std() == pytest.approx(0.5, abs=0.01)
+    query, other = sample.style_queries(test)
+    s, texts = asked[-1]
+    assert texts == other.tolist() and not (query == other).any()
+    assert torch.equal(s, test.x[query].flatten(1)[:, :100])
+    assert len(verified) == 2 and torch.equal(verified[0], test.x.flatten(1)[:, :100])
+
+
 def test_measure_trains_the_scorers_that_are_missing(here, short_training, capsys):
     ds = small_data(here)
     run_by_hand(here / "a/checkpoint.pt", ds, finished=False)
@@ -4020,7 +4242,13 @@ def test_kmeans_finds_blobs():
     group = sample.kmeans(points, 6)
     assert all(len(group[truth == i].unique()) == 1 for i in range(6))
     assert len(group.unique()) == 6 and torch.equal(points, before)
-    assert len(sample.kmeans(torch.zeros(7, 2), 3).unique()) == 1           # fewer points than k
+    assert len(sample.kmeans(torch.zeros(7, 2), 3).unique()) == 1   # fewer different points than k
+
+    # Without blobs: each point is in the group whose mean is nearest.
+    points = torch.rand(300, 2, generator=g)
+    group = sample.kmeans(points, 6, rounds=300)
+    means = torch.stack([points[group == i].mean(0) for i in range(6)])
+    assert torch.equal(torch.cdist(points, means).argmin(1), group)
 
 
 def test_style_verification_knows_a_perfect_and_a_random_S():
@@ -4037,10 +4265,11 @@ def test_style_verification_knows_a_perfect_and_a_random_S():
     assert sample.verify_style(perfect, pairs) == 1.0
     chance = torch.randn(600, 100, generator=g)
     assert sample.verify_style(chance, pairs) == pytest.approx(0.5, abs=0.03)
+    longer = chance * (torch.rand(600, 1, generator=g) + 0.1)       # a cosine, whatever the length
+    assert sample.verify_style(longer, pairs) == pytest.approx(sample.verify_style(chance, pairs))
 
 
 def test_style_pairs_are_all_there_are():
-    # Folds of 2 images: one holds a pair of one group, or none does.
     group = torch.tensor([4, 4, -1, 7, 7, 7, 4, -1, 4, 7])
     pairs = sample.style_pairs(group, folds=1)
     i, j, same = pairs[0]
@@ -4071,6 +4300,13 @@ def test_style_groups_read_background_and_pose(small_toy):
     for k in pose.unique():                 # a group of poses faces one way
         share = right[pose == k].float().mean()
         assert max(share, 1 - share) > 0.95
+
+    # [A]: 100 groups. A pose is the same wherever its bird is, and however large.
+    assert 90 < len(sample.style_groups(ds, index)["pose"].unique()) <= 100
+    half = np.array([0.5, 0.5, 0.5, 0.5]), np.array([3, 5, 0, 0])
+    moved = dataclasses.replace(
+        ds, keypoints=ds.keypoints * 0.5 + half[1][:2], boxes=ds.boxes * half[0] + half[1])
+    assert torch.allclose(sample.poses(moved, index), sample.poses(ds, index), atol=1e-4)
 
     # What is not known is in no group.
     keypoints = ds.keypoints.copy()
@@ -4507,6 +4743,7 @@ BAD_TRAINING = [
     (["--out", "run", "--resume", "--image-features", "f.npy"], "its text encoder already"),
     (["--ngf", 100_000], "expected a number from 1 to 1,024"),
     (["--variant", "all", "--out", "x"], "leave --out out"),
+    (["--image-encoder", "conv", "--image-features", "f.npy"], "name one"),
     (["--variant", "all", "--benchmark"], "take one --variant"),
     (["--variant", "all", "--export", "x"], "take one --variant"),
     (["--out", "run", "--export", "../x"], "not a path"),
@@ -4532,6 +4769,7 @@ def test_bad_input_to_train(tiny, capsys):
 
 def test_bad_input_to_sample(here, capsys):
     path = run_by_hand(here / "run/checkpoint.pt")
+    run_by_hand(here / "real/checkpoint.pt")
     unpacked(here, {"text.pt": b"hello", "broken.jpg": b"not an image", "bare/x": b""})
     whole = torch.load(path, weights_only=True)
     short = {"settings": dict(ngf=3), "format": whole["format"], "kind": "gan-cls"}
@@ -4566,6 +4804,7 @@ def test_bad_input_to_sample(here, capsys):
         (["--measure", "run", "--weights", "run"], "no --weights"),
         (["--measure", "missing"], "no file missing"),
         (["--measure", "run", "run"], "two of the runs are called run"),
+        (["--measure", "real"], "rename it"),
         (["--measure", "nameless.pt"], "does not fit"),
         (["--measure", "run", "--dataset", "nowhere"], "nowhere"),
         (["--device", "toaster", text], "toaster"),
@@ -4592,12 +4831,14 @@ def test_the_distance_of_given_features(here, capsys):
     np.save("narrow.npy", np.zeros((5, 1)))
     np.save("huge.npy", np.full((5, 3), 1e200))             # not finite in 32 bits
     (here / "text.npy").write_text("no array")
+    (here / "header.npy").write_bytes((here / "a.npy").read_bytes().replace(b"), }", b"((( "))
     np.savez("zip", np.zeros((5, 3)))
     (here / "zip.npz").rename("zip.npy")
     for name, message in (("wide", "has 4: name two files"), ("whole", "expected floats"),
                           ("nan", "not finite"), ("huge", "not finite"),
                           ("one", "expected floats"), ("narrow", "expected floats"),
                           ("text", "cannot read"), ("zip", "cannot read"),
+                          ("header", "cannot read"),
                           ("absent", "cannot read")):
         check_refused(capsys, sample, ["--frechet", "a.npy", f"{name}.npy"], message)
     check_refused(capsys, sample, ["a bird", "--frechet", "a.npy", "a.npy"], "no texts")
@@ -4796,6 +5037,7 @@ def test_fuzz_captions():
     TALLY["broken inputs tried"] += 3000
 
 
+@pytest.mark.filterwarnings("ignore")      # of Pillow; read_files silences them
 def test_fuzz_images():
     rng = random.Random(1)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))

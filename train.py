@@ -704,6 +704,8 @@ def parse_args():
     args = parser.parse_args()
     if args.variant == "all" and args.out:
         parser.error("--variant all keeps each run in its own folder: leave --out out")
+    if args.image_encoder and args.image_features:
+        parser.error("--image-encoder conv and --image-features are two image sides: name one")
     if args.variant == "all" and (args.benchmark or args.export):
         parser.error("--benchmark and --export take one --variant, not all")
     return args
