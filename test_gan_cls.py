@@ -3887,7 +3887,7 @@ def test_truncation_multiplies_z(here, monkeypatch):
         rows = len(seen)
         assert call(sample, *args, "--weights", path, "--n", 2, "--truncation", 0.7) == 0
         for whole, short in zip(seen[:rows], seen[rows:], strict=True):
-            assert torch.allclose(short, 0.7 * whole, atol=1e-6)
+            assert torch.allclose(short, 0.7 / sample.TRUNCATION * whole, atol=1e-6)
 
 
 def test_eight_bits_are_those_of_to_pixels(here):
