@@ -792,9 +792,9 @@ def parse_args():
     add("--weights", metavar="RUN",
         help="a run's folder or checkpoint.pt, or a name in weights/ (default: the newest run, "
              "else cub)")
-    add("--n", type=data.int_between(1, 64), default=8, help="images for a text (default: 8)")
-    add("--seed", type=data.int_between(0, 2 ** 31), default=0,
-        help="of the noises: the same seed gives the same file")
+    add("--n", type=data.int_between(1, 64), help="images for a text (default: 8)")
+    add("--seed", type=data.int_between(0, 2 ** 31),
+        help="of the noises: the same seed gives the same file (default: 0)")
     add("--truncation", type=truncation,
         help="multiply z: below 1, images differ less and fewer go wrong (default: "
              f"{TRUNCATION}; with --measure 1)")
@@ -816,12 +816,18 @@ def parse_args():
         help="with --measure: write the images as arrays, for a judge of your own")
     args = parser.parse_args()
     check_args(args)
+    args.n = args.n or 8
+    args.seed = args.seed or 0
     args.truncation = args.truncation or (1.0 if args.measure else TRUNCATION)
     return args
 
 
 def check_args(args):
     """What argparse cannot say. Raises UserError."""
+    given = args.n is not None or args.seed is not None
+    if given and (args.measure or args.frechet or args.style):
+        raise UserError("--n and --seed are for noises that are drawn: --style takes z from the "
+                        "images, --measure and --frechet have numbers and seeds of their own")
     if args.measure:
         if args.texts or args.weights:
             raise UserError("--measure takes runs, no texts and no --weights: the texts are "
