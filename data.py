@@ -1162,10 +1162,10 @@ def write_cache(folder, label, paths, examples, unseen, skipped):
     """Write a cache to a folder of another name, which is then renamed: a killed or a second
     process never leaves half of one. label: its `short_name`."""
     if not examples:
-        # What concerns the whole stands last, and says more than any image's own line.
+        # The line of a table says more than that of an image.
         without = [line for line in skipped if line.endswith(NO_CAPTION)]
-        whole = [line for line in skipped if NO_IMAGE in line]
-        why = f": {(whole or without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
+        tables = [line for line in skipped if NO_IMAGE in line]
+        why = f": {(tables or without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
         raise UserError(f"{label}: found no image with a caption{why}")
     for example in examples:                        # mistakes of a new builder
         assert isinstance(example.pixels, np.ndarray), "pixels: the first of (pixels, window)"

@@ -620,11 +620,13 @@ def check_dataset(models, ds, moved):
 def group_by_seed(models):
     """{column of the table: names of its runs}. Runs that are equal, phi included, in all but seed
     and precision make one column; a run that has no such company is a column of its own."""
+    def but_seed(settings):
+        return sorted((k, v) for k, v in settings.items() if k not in ("seed", "precision"))
+
     groups = {}
     for name, model in models.items():
-        settings = [*model.settings.items(), *model.phi_settings.items()]
-        but_seed = [(k, v) for k, v in settings if k not in ("seed", "precision")]
-        groups.setdefault(repr(sorted(but_seed)), []).append(name)
+        key = repr([but_seed(model.settings), but_seed(model.phi_settings)])
+        groups.setdefault(key, []).append(name)
 
     columns = {}
     for names in groups.values():

@@ -3462,24 +3462,13 @@ def test_the_loop_gives_the_step_what_the_run_asks_for(tiny, monkeypatch, varian
     assert all(betas == (0.5, 0.999) for step in steps for _, betas in step[2])
     epochs = [sum(positions[:2], []), sum(positions[2:], [])]       # 16 images, batches of 8
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs) and epochs[0] != epochs[1]
-    # Q, which learns with G, has moved too.
-    first = first_Q()
-    assert not torch.equal(load_run("run")["Q"]["net.2.weight"], first["net.2.weight"])
 
 
-def first_Q():
-    """The Q that a run of TINY begins with."""
-    settings = dict(recipe="quick", seed=0, ngf=2, ndf=2, precision="fp32")
-    return train.Run(settings, torch.device("cpu")).Q.state_dict()
-
-
-def test_the_average_of_G_and_the_penalty_in_the_loop(here, monkeypatch):
-    """A short memory in the beginning; every fourth step has the penalty, on what D sees."""
-    ds = small_data(here)
-    settings = dict(recipe="quick", seed=0, ngf=2, ndf=2, precision="fp32", batch_size=8,
-                    variant="gan-int-cls")
-    run = train.Run(settings, torch.device("cpu"))
-    batches = data.Batches(ds, torch.randn(len(ds.images) * 2, 1024).half(), torch.device("cpu"))
+def test_what_surrounds_algorithm_1(monkeypatch):
+    """G's average has a short memory in the beginning; every fourth step has the penalty, on what D
+    sees; Q learns with G."""
+    run, batches = random_run()
+    first_Q = copy.deepcopy(run.Q.state_dict())
     decays = []
     penalised = []
     monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: decays.append(decay))
@@ -3490,6 +3479,7 @@ def test_the_average_of_G_and_the_penalty_in_the_loop(here, monkeypatch):
         train.training_step(run, x, h, h_wrong)
     assert decays == [n / (n + 10) for n in range(1, 9)]
     assert len(penalised) == 2 and torch.equal(penalised[1], x * 0.5)
+    assert not torch.equal(run.Q.state_dict()["net.2.weight"], first_Q["net.2.weight"])
 
 
 def test_no_S_of_an_older_G_is_kept(tiny, monkeypatch, capsys):
@@ -4313,9 +4303,8 @@ def test_style_groups_read_background_and_pose(small_toy):
 
     # [A]: 100 groups. A pose is the same wherever its bird is, and however large.
     assert 90 < len(sample.style_groups(ds, index)["pose"].unique()) <= 100
-    half = np.array([0.5, 0.5, 0.5, 0.5]), np.array([3, 5, 0, 0])
     moved = dataclasses.replace(
-        ds, keypoints=ds.keypoints * 0.5 + half[1][:2], boxes=ds.boxes * half[0] + half[1])
+        ds, keypoints=ds.keypoints * 0.5 + [3, 5], boxes=ds.boxes * 0.5 + [3, 5, 0, 0])
     assert torch.allclose(sample.poses(moved, index), sample.poses(ds, index), atol=1e-4)
 
     # What is not known is in no group.

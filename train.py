@@ -520,9 +520,11 @@ def choose_settings(args, variant, ds, device):
     if batch_size < 4:
         raise UserError(f"a batch of {batch_size} is too small: expected 4 training images or more")
 
-    steps = args.steps or (args.epochs or 600) * (n // batch_size)      # [A] section 5: 600 epochs
-    if not args.steps and not args.epochs and RECIPES[recipe]["steps"]:
-        steps = min(steps, RECIPES[recipe]["steps"])
+    steps = steps_asked(args, n, batch_size)
+    if steps is None:
+        steps = 600 * (n // batch_size)         # [A] section 5: 600 epochs
+        if RECIPES[recipe]["steps"]:
+            steps = min(steps, RECIPES[recipe]["steps"])
 
     ngf = args.ngf
     if not ngf and device.type == "cuda":
@@ -535,6 +537,11 @@ def choose_settings(args, variant, ds, device):
         batch_size=batch_size, steps=steps, seed=args.seed or 0, ngf=ngf,
         ndf=args.ndf or max(1, ngf // 2),       # the authors': 128 and 64. A D as wide as G wins
         precision=data.pick_precision(device, args.precision or "auto"))
+
+
+def steps_asked(args, n, batch_size):
+    """--steps, or --epochs of n images in steps; None where neither is given."""
+    return args.epochs * (n // batch_size) if args.epochs else args.steps
 
 
 def resumed_run(args, variant, path):
@@ -553,9 +560,8 @@ def resumed_run(args, variant, path):
                 f"{path} was trained on {settings['dataset']} as it was then; {ds.name} has other "
                 "captions or another split: name the same data, or another --out for a new run")
         settings["dataset"] = ds.name           # the same data may have moved
-        steps = args.steps or settings["steps"]
-        if args.epochs:
-            steps = args.epochs * (len(ds.training_images()) // settings["batch_size"])
+        asked = steps_asked(args, len(ds.training_images()), settings["batch_size"])
+        steps = asked or settings["steps"]
         if steps < checkpoint["step"]:
             raise UserError(f"{path} has done {checkpoint['step']:,} steps already: ask for as "
                             "many or more, or name another --out for a new run")
