@@ -1512,8 +1512,37 @@ def load_network(make, state):
     memory ("meta"), so that settings that ask for a huge one fail on their shapes."""
     with torch.device("meta"):
         net = make()
-    net.load_state_dict(dict(state), assign=True)
+    net.load_state_dict(from_8_bits(state), assign=True)
     return net.float()
+
+
+SCALE = " scale"        # of a weight "net.0.weight" in 8 bits: "net.0.weight scale"
+
+
+def to_8_bits(state):
+    """A state_dict for a file: weights as whole numbers from -127 to 127, with a scale for each
+    row. The rest, biases and batch norm, stays as it is."""
+    small = {}
+    for key, value in state.items():
+        if value.is_floating_point() and value.dim() > 1:
+            scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True).float() / 127
+            scale = scale.clamp(min=1e-12)
+            small[key] = (value / scale).round().to(torch.int8)
+            small[key + SCALE] = scale
+        else:
+            small[key] = value
+    return small
+
+
+def from_8_bits(state):
+    """The inverse of `to_8_bits`. What is not in 8 bits is left as it is."""
+    large = {}
+    for key, value in state.items():
+        if key + SCALE in state:
+            value = value * state[key + SCALE]
+        if not key.endswith(SCALE):
+            large[key] = value
+    return large
 
 
 @contextlib.contextmanager

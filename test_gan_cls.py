@@ -3474,11 +3474,11 @@ def test_what_surrounds_algorithm_1(monkeypatch):
     monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: decays.append(decay))
     monkeypatch.setattr(run, "view", lambda x: x * 0.5)
     monkeypatch.setattr(train, "r1_penalty", lambda D, x, h: penalised.append(x) or D(x, h).sum())
+    step = train.Step(run, batches)
     for _ in range(8):
-        x, h, h_wrong = batches.batch(torch.arange(8))
-        train.training_step(run, x, h, h_wrong)
+        step(torch.arange(8))
     assert decays == [n / (n + 10) for n in range(1, 9)]
-    assert len(penalised) == 2 and torch.equal(penalised[1], x * 0.5)
+    assert len(penalised) == 2 and torch.equal(penalised[1], step.x * 0.5)
     assert not torch.equal(run.Q.state_dict()["net.2.weight"], first_Q["net.2.weight"])
 
 
@@ -3638,156 +3638,188 @@ def test_what_d_is_shown_follows_the_recipe(monkeypatch, recipe):
 
 
 def test_extra_loss_is_mode_seeking_and_eq_6():
+    """The second images of the first texts come from the same pass of G."""
     run, batches = random_run()
     z = torch.randn(12, 100)
     texts = torch.randn(12, 1024)
-    x_fake = run.G(z, texts)
+    G = copy.deepcopy(run.G)
+    x_fake = run.generate(z, texts)
+    z2 = run.second[0]
+    assert len(x_fake) == 12 and len(z2) == 2                       # a quarter of the batch of 8
+    x = G(torch.cat([z, z2]), torch.cat([texts, texts[:2]]))
+    assert torch.equal(x_fake, x[:12])
     torch.manual_seed(5)
     got = run.extra_G_loss(z, texts, x_fake)
     torch.manual_seed(5)
-    z2 = torch.randn(2, 100)                                        # a quarter of the batch of 8
-    x2 = run.G(z2, texts[:2])
-    expected = 0.05 * gan_cls.mode_seeking_loss(z[:2], z2, x_fake[:2], x2)
-    expected = expected + 0.02 * gan_cls.style_loss(z, run.Q(run.view(x_fake)))
+    expected = 0.05 * gan_cls.mode_seeking_loss(z[:2], z2, x[:2], x[12:])
+    expected = expected + 0.02 * gan_cls.style_loss(z, run.Q(run.view(x[:12])))
     assert torch.allclose(got, expected)
 
     got.backward()
     for net in (run.G, run.Q):
         assert all(p.grad is not None and p.grad.any() for p in net.parameters())
     assert all(p.grad is None for p in run.D.parameters())
-    assert random_run("paper")[0].extra_G_loss(z, texts, x_fake) == 0.0
+    paper = random_run("paper")[0]
+    assert torch.equal(paper.generate(z, texts), paper.G(z, texts))
+    assert paper.extra_G_loss(z, texts, x_fake) == 0.0
 
 
-# ---- torch.compile ---------------------------------------------------------------------------
-
-class Broken(torch.autograd.Function):
-    """Fails in the backward pass only, as inductor does with some chains of deconvolutions."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise AssertionError("expected size 4==4, stride 1==16 at dim=1\nand more lines")
-
-
-def fails_at_once(forward, **_):
-    raise RuntimeError("Cannot find a working triton installation.\n\nMore of it.")
-
-
-def fails_when_called(forward, **_):
-    def compiled(*args):
-        raise RuntimeError("no C++ compiler\nand more lines")
-    return compiled
-
-
-def fails_backward(forward, **_):
-    return lambda *args: Broken.apply(forward(*args))
-
-
-@pytest.mark.parametrize("fake", [fails_at_once, fails_when_called, fails_backward])
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, fake):
-    """One line, and a run whose weights equal those of one without compiling, bit for bit."""
-    runs = []
-    for compiled in (False, True):
-        run, batches = random_run()
-        if compiled:
-            monkeypatch.setattr(torch, "compile", fake)
-            lines = []
-            train.compile_networks(run, batches, lines.append)
-            assert len(lines) == 2 and "\n" not in lines[1]
-            assert "G, D.features, D.score, Q" in lines[1]
-        for _ in range(3):
-            x, h, h_wrong = batches.batch(torch.arange(8))
-            train.set_rates(run, 0)
-            train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, view=run.view,
-                               extra_G_loss=run.extra_G_loss)
-        runs.append({name: part.state_dict() for name, part in run.parts().items()})
-    assert same(*runs)
-
-
-def test_a_rehearsal_leaves_no_trace():
+def test_statistics_of_the_average_are_those_of_its_own_activations():
+    """After a pass with these statistics each normalised channel has mean 0 and variance 1."""
     run, batches = random_run()
-    for _ in range(2):                                  # before the first step, and after it
-        before = copy.deepcopy(run.state())
-        train.rehearse(run, batches)
-        assert same(before, run.state())
+    with torch.no_grad():
+        for p in run.G_ema.parameters():
+            p.mul_(1.5)
+    rng = torch.get_rng_state()
+    train.renew_statistics(run.G_ema, batches, size=48, at_once=64)
+    first = copy_of(run.G_ema)
+    norm = run.G_ema.net[5]
+    seen = []
+    norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    run.G_ema.net[5].eval()
+    train.renew_statistics(run.G_ema, batches, size=48, at_once=64)
+    assert same(first, run.G_ema.state_dict()) and torch.equal(rng, torch.get_rng_state())
+    assert not run.G_ema.training and norm.num_batches_tracked == 1
+    assert norm.running_var.min() > 0
+
+
+# ---- The recorded step -----------------------------------------------------------------------
+
+class Replayed:
+    """Stands for a CUDA graph: a replay runs the function that was recorded."""
+
+    def __init__(self, part, replays):
+        self.part = part
+        self.replays = replays
+
+    def replay(self):
+        self.replays.append(self.part.__name__)
+        self.part()
+
+
+def stand_in_for_cuda(monkeypatch, replays):
+    def warm_up(parts):
+        for part in 3 * parts:
+            part()
+
+    def record_graphs(parts):
+        return [Replayed(part, replays) for part in parts]
+
+    monkeypatch.setattr(train, "warm_up", warm_up)
+    monkeypatch.setattr(train, "record_graphs", record_graphs)
+
+
+def trained(run, batches, steps, recorded=False, log=silent):
+    """The state after some steps, and what each step has seen and returned."""
+    step = train.Step(run, batches)
+    if recorded:
+        step.record(log)
+    seen = []
+    for _ in range(steps):
         train.set_rates(run, 0)
-        x, h, h_wrong = batches.batch(torch.arange(8))
-        train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong)
+        out = step((torch.arange(8, device=run.device) + 8 * run.step) % len(batches))
+        seen.append((step.x.clone(), step.h.clone(), {name: v.item() for name, v in out.items()}))
+    return copy.deepcopy(run.state()), seen
 
 
-def test_a_compiled_step_has_the_eager_gradients(monkeypatch):
-    """All convolutions of D and G are in captured graphs, and one step's gradients are eager's."""
-    counted = []
+def test_a_recorded_step_is_the_step(monkeypatch):
+    """Recorded before the first step, and in a run that goes on: the warm-up leaves no trace."""
+    replays = []
+    stand_in_for_cuda(monkeypatch, replays)
+    plain, batches = random_run()
+    recorded, _ = random_run()
+    for steps in (5, 4):
+        torch.manual_seed(3)
+        expected = trained(plain, batches, steps)
+        torch.manual_seed(3)
+        assert same(expected, trained(recorded, batches, steps, recorded=True))
+    names = ["algorithm_1"] * 9
+    names.insert(4, "gradient_penalty")
+    names.insert(9, "gradient_penalty")
+    assert replays == names
+
+
+@pytest.mark.parametrize("where", ["warm_up", "record_graphs"])
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, where):
+    def fails(parts):
+        parts[0]()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+
+    stand_in_for_cuda(monkeypatch, [])
+    torch.manual_seed(3)
+    expected = trained(*random_run(), 3)
+    monkeypatch.setattr(train, where, fails)
     lines = []
+    torch.manual_seed(3)
+    assert same(expected, trained(*random_run(), 3, recorded=True, log=lines.append))
+    assert len(lines) == 1 and "not permitted when stream is capturing)" in lines[0]
 
-    def counting(graph, inputs):
-        for node in graph.graph.nodes:
-            counted.extend([1] * ("conv" in str(node.target)))
-        return graph
 
-    found = []
-    for backend in (None, "aot_eager", counting):
-        run, batches = random_run("paper")
-        run.opt_D.param_groups[0]["lr"] = 0.0       # Adam would enlarge differences of rounding
-        if backend:
-            with monkeypatch.context() as patch:
-                patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-                train.compile_networks(run, batches, lines.append)
-        torch.manual_seed(0)
-        x, h, h_wrong = batches.batch(torch.arange(8))
-        train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong)
-        found.append(gradients(run.G) + gradients(run.D))
-    convolutions = 0
-    for net in (run.G, run.D):
-        for module in net.modules():
-            convolutions += isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
-    assert not any("not compiled" in line for line in lines)
-    assert len(counted) >= convolutions > 20 - 3
-    for other in found[1:]:
-        for a, b in zip(found[0], other):
-            assert (a - b).abs().max() <= 1e-3 * a.abs().max() + 1e-7
+def test_a_checkpoint_does_not_tell_on_what_it_was_made():
+    """Adam's rate as a tensor and `capturable` belong to CUDA, its means and squares to the run."""
+    run, batches = random_run()
+    state, _ = trained(run, batches, 2)
+    for name in ("opt_G", "opt_D"):
+        for group in state[name]["param_groups"]:
+            group.update(lr=torch.tensor(0.5), capturable=True)
+    other, _ = random_run()
+    other.load_state(state)
+    assert same(run.opt_G.state_dict()["state"], other.opt_G.state_dict()["state"])
+    group = other.opt_D.param_groups[0]
+    assert group["capturable"] is False and not torch.is_tensor(group["lr"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_cuda_compiled_step_has_the_eager_gradients():
-    """In fp32 up to TF32's rounding; in bf16 as near to fp32 as an eager step is."""
-    def G_gradients(precision, compiled):
-        run, batches = random_run("paper", device="cuda", precision=precision)
-        run.opt_D.param_groups[0]["lr"] = 0.0       # Adam would enlarge differences of rounding
-        if compiled:
-            train.compile_networks(run, batches, silent)
-        torch.manual_seed(0)
-        x, h, h_wrong = batches.batch(torch.arange(8, device="cuda"))
-        train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, amp=run.amp)
-        return torch.cat([gradient.flatten() for gradient in gradients(run.G)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_cuda_recorded_steps_beside_eager_ones(precision, monkeypatch):
+    """Recorded before the first step and, after six, in a run that goes on: they draw the same
+    numbers as eager ones, to the last bit. The losses differ by rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    seen = {}
+    for recorded in (False, True):
+        run, batches = random_run(device="cuda", precision=precision)
+        torch.cuda.manual_seed(3)
+        lines = []
+        state, first = trained(run, batches, 6, recorded, lines.append)
+        run, batches = random_run(device="cuda", precision=precision)
+        run.load_state(state)
+        run.step = 6
+        _, rest = trained(run, batches, 4, recorded, lines.append)
+        assert lines == []
+        seen[recorded] = first + rest
+    for (x, h, losses), (x_recorded, h_recorded, losses_recorded) in zip(*seen.values()):
+        assert torch.equal(x, x_recorded) and torch.equal(h, h_recorded)
+        assert losses == pytest.approx(losses_recorded, rel=0.05, abs=0.01)
 
-    exact = G_gradients("fp32", compiled=False)
 
-    def error(precision, compiled):
-        return (G_gradients(precision, compiled) - exact).norm() / exact.norm()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_what_cannot_be_recorded_runs_eagerly(monkeypatch):
+    """A step that reads a number cannot be recorded. The run goes on without."""
+    gan_cls_step = train.gan_cls_step
+    read = []
 
-    assert error("fp32", compiled=True) < 0.05
-    assert error("bf16", compiled=True) < 1.5 * error("bf16", compiled=False)
+    def reads_a_number(*args, **options):
+        out = gan_cls_step(*args, **options)
+        read.append(out["loss_D"].item())
+        return out
 
-
-def test_compiling_stays_below_the_limit_on_recompilations(monkeypatch):
-    """Beyond it Dynamo runs a network eagerly, and says so only in a warning."""
-    name = "fail_on_recompile_limit_hit"
-    if not hasattr(torch._dynamo.config, name):
-        name = "fail_on_cache_limit_hit"                # torch 2.6
-    monkeypatch.setattr(torch._dynamo.config, name, True)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    run, batches = random_run(precision="bf16")
+    monkeypatch.setattr(train, "gan_cls_step", reads_a_number)
     lines = []
-    train.compile_networks(run, batches, lines.append)
-    for options in (dict(amp=run.amp), run.step_options()):     # as in the benchmark
-        x, h, h_wrong = batches.batch(torch.arange(8))
-        train.gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **options)
-        run.gradient_penalty_step(x, h, 0.1)
-    assert len(lines) == 1
+    _, seen = trained(*random_run(device="cuda"), 3, True, lines.append)
+    assert len(lines) == 1 and "synchronizing" in lines[0] and len(read) >= 3
+    assert [losses["loss_D"] for _, _, losses in seen] == read[-3:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_run_goes_on_on_a_cpu_and_back(tiny, capsys):
+    options = [*TINY, "--out", "run"]
+    for device, steps, more in (("cuda", 4, []), ("cpu", 6, ["--resume"]), ("cuda", 8, ["--resume"]),
+                                ("cuda", 10, ["--resume", "--eager"])):
+        assert call(train, *options, *more, "--steps", steps, "--device", device) == 0
+        out = capsys.readouterr().out
+        assert f"fp32 on {device}" in out and "not recorded" not in out
+    assert load_run("run")["step"] == 10
 
 
 # ==============================================================================================

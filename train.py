@@ -12,7 +12,6 @@ A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out): checkpoint.pt, samples/, 
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import shlex
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import encoder
@@ -53,11 +53,11 @@ RECIPES = {
         style=0.0,
         r1=0.0,
         ema=0.0,
-        decay=False),
+        decay=1.0),
     # departs from the paper: makes fewer steps enough. Measured: weights/README.md.
     "quick": dict(
-        steps=25_000,           # flowers.pt: 42,000; cub.pt: 60,000; 600 epochs of CUB: 165,600
-        batch_size=32,          # twice the steps in the same time, on a CPU; on a GPU take more
+        steps=25_000,
+        batch_size=32,          # twice the steps in the same time, on a CPU
         lr_G=4e-4,              # twice D's: with 2e-4 the images of a text differ less
         lr_D=2e-4,
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
@@ -70,7 +70,7 @@ RECIPES = {
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
         ema=0.998,              # samples use a moving average of G over about 500 steps
-        decay=True),            # both rates fall to a tenth, from half of the steps to 95 %
+        decay=0.1),             # from half of the steps on both rates fall, to this share of them
 }
 RECIPES["toy"] = dict(
     RECIPES["quick"],
@@ -79,23 +79,41 @@ RECIPES["toy"] = dict(
     style=0.1,                  # each z has its direction; on photographs 0.1 gave dark spots
     r1=0.3)                     # with 0 D memorised 150 species; with 0.1 fewer transferred styles
                                 # were kept. On photographs, with 0.1, D ignored the text
+# The default with CUDA: "quick" in large batches, for the paper's 600 epochs.
+RECIPES["gpu"] = dict(
+    RECIPES["quick"],
+    steps=None,                 # 600 epochs, and with few images
+    fewest_steps=5000,          # at least these
+    batch_size=128,
+    lr_G=5e-4,                  # a little more than for batches of 32
+    lr_D=2.5e-4,
+    ema=0.999,                  # over about 1,000 steps: there are more of them
+    decay=0.04)
 
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
-SAVE_SECONDS = 30                               # between two saves: a GPU takes 500 steps in less
+FIRST_SAMPLES = (100, 250)                      # steps: so that something is seen early
+SAVE_SECONDS = 60                               # between two saves: a GPU takes 500 steps in less
 
 
 # ---- The loop --------------------------------------------------------------------------------
 
-def train(run, batches, out_dir, sample_grid, log=print):
+def train(run, batches, out_dir, sample_grid, eager=False, start=None, log=print):
     """Train to run.settings["steps"]. Returns False where Ctrl-C or kill ended it earlier.
 
-    sample_grid(G) -> an image of samples. Progress lines are means since the last one.
+    sample_grid(G) -> an image of samples. Progress lines are means since the last one. With CUDA
+    the step is recorded once and replayed, unless it is to be `eager`. start: when the work for
+    this run began (time.time()), phi included.
     """
     settings = run.settings
     B = settings["batch_size"]
     per_epoch = max(1, len(batches) // B)
-    meter = Meter(run, log)
+    on_cuda = run.device.type == "cuda"
+    sample_every = EVERY["sample"] * (4 if on_cuda else 1)      # a GPU would wait for the images
+    step = Step(run, batches)
+    if on_cuda and not eager:
+        step.record(log)
+    meter = Meter(run, start, log)
     order = None
     last = False
     saved = time.time()
@@ -104,10 +122,9 @@ def train(run, batches, out_dir, sample_grid, log=print):
             epoch, i = divmod(run.step, per_epoch)
             if i == 0 or order is None:
                 order = epoch_order(len(batches), settings["seed"], epoch).to(run.device)
-            x, h, h_wrong = batches.batch(order[i * B:(i + 1) * B])
 
             set_rates(run, epoch)
-            meter.add(training_step(run, x, h, h_wrong))
+            meter.add(step(order[i * B:(i + 1) * B]))
 
             last = run.step == settings["steps"] or bool(stopped)
             if run.step % EVERY["log"] == 0 or last:        # only here does the CPU wait for CUDA
@@ -115,29 +132,120 @@ def train(run, batches, out_dir, sample_grid, log=print):
                 check_health(means, run.history, run.step)
                 run.history.append(dict(step=run.step, **means))
                 meter.report(epoch, means)
-            if run.step % EVERY["sample"] == 0 or last:
+            sample = run.step % sample_every == 0 or run.step in FIRST_SAMPLES or last
+            save = run.step % EVERY["save"] == 0 and time.time() - saved >= SAVE_SECONDS or last
+            if sample or save:
+                renew_statistics(run.G_ema, batches)
+            if sample:
                 data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
                 plot_history(run.history, out_dir / "loss.png")
-            due = run.step % EVERY["save"] == 0 and time.time() - saved >= SAVE_SECONDS
-            if due or last:
+            if save:
                 run.save(out_dir / "checkpoint.pt")
                 saved = time.time()
     return run.step == settings["steps"]
 
 
-def training_step(run, x, h, h_wrong):
-    """Algorithm 1, and around it what the recipe adds: the gradient penalty, the average of G.
+class Step:
+    """A training step: Algorithm 1 on a batch, and around it what the recipe adds."""
 
-    x (B, 3, 64, 64), h and h_wrong (B, 1024); returns what gan_cls_step does.
+    def __init__(self, run, batches):
+        self.run = run
+        self.batches = batches
+        self.positions = torch.arange(run.settings["batch_size"], device=run.device)
+
+    def __call__(self, positions):
+        """A step on the training images at `positions` (B,). Returns what gan_cls_step does."""
+        run = self.run
+        self.positions.copy_(positions)
+        self.algorithm_1()
+        run.step += 1
+        if run.recipe["r1"] and run.step % 4 == 0:          # seldom, but 4 times as strong
+            self.gradient_penalty()
+        # A shorter average in the beginning, when the first weights are still random.
+        update_ema(run.G_ema, run.G, min(run.recipe["ema"], run.step / (run.step + 10)))
+        return self.out
+
+    def algorithm_1(self):
+        run = self.run
+        self.x, self.h, h_wrong = self.batches.batch(self.positions)
+        self.out = gan_cls_step(
+            run.generate, run.D, run.opt_G, run.opt_D, self.x, self.h, h_wrong,
+            **run.step_options())
+
+    def gradient_penalty(self):
+        self.run.gradient_penalty_step(self.x, self.h, 4 * self.run.recipe["r1"])
+
+    def record(self, log=print):
+        """Record both parts as CUDA graphs; from then on a call of either replays its graph.
+
+        A step is some 1,500 kernels. Launching them one by one takes Python 40 ms on a fast card,
+        which needs 9 to run them. A replayed graph reads and writes the same memory each time:
+        self.positions, the weights, Adam's rates. Whatever raises here leaves the step as it was.
+        """
+        before = copy.deepcopy(self.run.state())
+        parts = [self.algorithm_1]
+        if self.run.recipe["r1"]:
+            parts.append(self.gradient_penalty)
+        try:
+            warm_up(parts)
+            self.run.load_state(before)         # of the warm-up nothing remains
+            graphs = record_graphs(parts)
+        except Exception as error:              # whatever a driver or a changed step raises
+            self.run.D.requires_grad_(True)     # it may have failed in between
+            self.run.load_state(before)
+            reason = str(error).strip().split("\n")[0]
+            return log(f"the step is not recorded, and runs kernel by kernel ({reason})")
+        for part, graph in zip(parts, graphs):
+            setattr(self, part.__name__, graph.replay)
+
+
+def warm_up(parts):
+    """What is set up at first use, such as Adam's state, must be there before it is recorded.
+    Raises where a part reads a number from the device, which cannot be recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for mode in ("default", "default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                for part in parts:
+                    part()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def record_graphs(parts):
+    """A CUDA graph of each function, all in one pool of memory."""
+    graphs = []
+    with torch.cuda.stream(torch.cuda.current_stream()):    # which a failure would leave changed
+        for part in parts:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                part()
+            graphs.append(graph)
+    return graphs
+
+
+@torch.no_grad()
+def renew_statistics(G, batches, size=1024, at_once=256):
+    """Batch norm's statistics of an averaged G, from `size` training captions.
+
+    An average of weights has other statistics than the average of the statistics, and few images
+    with very large activations decide them: so in large batches. Draws no random numbers.
     """
-    recipe = run.recipe
-    out = gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
-    run.step += 1
-    if recipe["r1"] and run.step % 4 == 0:                  # seldom, but 4 times as strong
-        run.gradient_penalty_step(x, h, 4 * recipe["r1"])
-    # A shorter average in the beginning, when the first weights are still random.
-    update_ema(run.G_ema, run.G, min(recipe["ema"], run.step / (run.step + 10)))
-    return out
+    for module in G.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None              # the plain mean over all batches from here on
+    spread = torch.linspace(0, len(batches) - 1, min(size, len(batches))).long()
+    images = batches.training_images[spread.to(batches.training_images.device)]
+    h = batches.caption_table[batches.caption_starts[images]].float()
+    z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(2)).to(h.device)
+    G.train()
+    for z_part, h_part in zip(z.split(at_once), h.split(at_once)):
+        G(z_part, h_part)
+    G.eval()
 
 
 def epoch_order(n, seed, epoch):
@@ -148,24 +256,30 @@ def epoch_order(n, seed, epoch):
 
 def set_rates(run, epoch):
     """The learning rates of a step. [A] section 5: 2e-4; in the authors' code they are halved
-    every 100 epochs. With `decay`: from half of the steps in a straight line, at 95 % a tenth."""
-    if run.recipe["decay"]:
-        factor = min(1.0, max(0.1, 2 - 2 * run.step / run.settings["steps"]))
+    every 100 epochs. With a `decay` below 1: from half of the steps on in a straight line."""
+    decay = run.recipe["decay"]
+    if decay < 1:
+        factor = min(1.0, max(decay, 2 - 2 * run.step / run.settings["steps"]))
     else:
         factor = 0.5 ** (epoch // 100)
     for optimizer, key in ((run.opt_G, "lr_G"), (run.opt_D, "lr_D")):
+        rate = run.recipe[key] * factor
         for group in optimizer.param_groups:
-            group["lr"] = run.recipe[key] * factor
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(rate)         # where a recorded step reads it
+            else:
+                group["lr"] = rate
 
 
 class Meter:
     """Means of what the steps return, and the progress line."""
 
-    def __init__(self, run, log):
+    def __init__(self, run, begun=None, log=print):
         self.run = run
         self.log = log
         self.first_step = run.step
         self.start = time.time()
+        self.begun = begun or self.start
         self.sums = {}
         self.count = 0
 
@@ -184,11 +298,17 @@ class Meter:
     def report(self, epoch, means):
         step = self.run.step
         steps = self.run.settings["steps"]
-        rate = (step - self.first_step) / (time.time() - self.start)    # steps a second
+        done = step - self.first_step
+        seconds = (time.time() - self.start) / done             # a step
+        left = (steps - step) * seconds / 60
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         self.log(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
-                 f"{rate * self.run.settings['batch_size']:.0f} images/s  "
-                 f"{(steps - step) / rate / 60:.1f} min left")
+                 f"{self.run.settings['batch_size'] / seconds:.0f} images/s  {left:.1f} min left")
+        if done == 100:
+            so_far = (time.time() - self.begun) / 60
+            style = STYLE_STEPS * seconds / 2 / 60              # a step of S is half as long
+            self.log(f"the whole takes about {so_far + left + style:.0f} minutes, of which "
+                     f"{so_far:.1f} are over and S will take {style:.1f}")
 
 
 def check_health(means, history, step):
@@ -249,7 +369,6 @@ class Run:
         self.step = 0
         self.history = []
         self.S = None               # trained when G and D are done
-        self.eager = contextlib.nullcontext         # see compile_networks
 
         torch.manual_seed(settings["seed"])
         put = dict(device=device, memory_format=layout)
@@ -260,10 +379,9 @@ class Run:
 
         # [A] section 5: Adam with beta1 = 0.5. Q is a second style encoder that learns together
         # with G, for the `style` term of G's loss. It is not S: that is trained on a frozen G.
-        adam = dict(betas=(0.5, 0.999), fused=True)
         with_G = torch.nn.ModuleList([self.G, self.Q] if self.Q else [self.G])
-        self.opt_G = torch.optim.Adam(with_G.parameters(), **adam)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), **adam)
+        self.opt_G = adam(with_G, device)
+        self.opt_D = adam(self.D, device)
         self.amp = data.autocast(device, settings["precision"])
         self.scaler = data.grad_scaler(device, settings["precision"])
 
@@ -283,26 +401,38 @@ class Run:
             x = sharpen(x, self.recipe["sharpen"])
         return x
 
+    def generate(self, z, texts):
+        """G(z, texts), for gan_cls_step, and in the same pass what the mode-seeking term needs: the
+        first texts with another z. One pass, so that batch norm sees one batch of all of them."""
+        if not self.recipe["mode_seeking"]:
+            return self.G(z, texts)
+        n = self.settings["batch_size"] // 4
+        z2 = torch.randn_like(z[:n])
+        x = self.G(torch.cat([z, z2]), torch.cat([texts, texts[:n]]))
+        self.second = z2, x[len(z):]
+        return x[:len(z)]
+
     def extra_G_loss(self, z, texts, x_fake):
-        """A scalar for G's loss. z (N, 100), texts (N, 1024), x_fake = G(z, texts)."""
+        """A scalar for G's loss. z (N, 100), texts (N, 1024), x_fake = generate(z, texts)."""
         loss = 0.0
-        with self.amp:
-            if self.recipe["mode_seeking"]:
-                n = self.settings["batch_size"] // 4            # the same texts with another z
-                z2 = torch.randn_like(z[:n])
-                x2 = self.G(z2, texts[:n])
-                pairs = mode_seeking_loss(z[:n], z2, x_fake[:n], x2)
-                loss = loss + self.recipe["mode_seeking"] * pairs
-            if self.recipe["style"]:
-                # Eq. 6 rewards G too, through an S of its own (Q, as in InfoGAN, Chen et al. 2016):
-                # z is to be read off the image, whatever the sentence.
-                loss = loss + self.recipe["style"] * style_loss(z, self.Q(self.view(x_fake)))
+        if self.recipe["mode_seeking"]:
+            z2, x2 = self.second
+            self.second = None                  # it would keep the step's gradients in memory
+            pairs = mode_seeking_loss(z[:len(z2)], z2, x_fake[:len(z2)], x2)
+            loss = loss + self.recipe["mode_seeking"] * pairs
+        if self.recipe["style"]:
+            # Eq. 6 rewards G too, through an S of its own (Q, as in InfoGAN, Chen et al. 2016):
+            # z is to be read off the image, whatever the sentence.
+            with self.amp:
+                z_hat = self.Q(self.view(x_fake))
+            loss = loss + self.recipe["style"] * style_loss(z, z_hat)
         return loss
 
     def gradient_penalty_step(self, x, h, weight):
-        """A step of D down the gradient penalty, in 32 bits."""
-        with self.eager():
-            update(self.opt_D, weight * r1_penalty(self.D, self.view(x), h), self.scaler)
+        """A step of D down the gradient penalty, in 32 bits. 32 images are enough for its mean, and
+        a second derivative is slow."""
+        penalty = r1_penalty(self.D, self.view(x[:32]), h[:32])
+        update(self.opt_D, weight * penalty, self.scaler)
 
     # Checkpoints.
 
@@ -323,7 +453,9 @@ class Run:
 
     def load_state(self, state):
         for name, part in self.parts().items():
-            if name != "scaler" or state[name]:         # empty: it was not in fp16
+            if isinstance(part, torch.optim.Adam):
+                load_adam(part, state[name])
+            elif name != "scaler" or state[name]:       # empty: it was not in fp16
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -344,48 +476,24 @@ class Run:
             self.S = S.to(self.device, memory_format=torch.channels_last).eval()
 
 
-# ---- torch.compile ---------------------------------------------------------------------------
-
-def compile_networks(run, batches, log=print):
-    """Compile G, the two parts of D, and Q; each stays compiled only if a rehearsal goes well.
-
-    On CUDA launching the kernels of so small a step takes longer than running them, and a
-    compiler fuses them. But it can also fail, even in the middle of a backward pass
-    (chains of ConvTranspose2d: pytorch issues 171622, 184026). A run must not end by that.
-    """
-    log("compiling the networks takes a minute or two")
-    torch.compiler.reset()      # what an earlier run compiled counts against a limit
-    # What is compiled has no second derivative, which the gradient penalty needs.
-    run.eager = functools.partial(torch.compiler.set_stance, "force_eager")
-    parts = {"G": (run.G, "forward"), "D.features": (run.D.features, "forward"),
-             "D.score": (run.D, "score"), "Q": (run.Q, "forward")}
-    failed = {}
-    for name, (net, method) in parts.items():
-        if net is None:
-            continue
-        try:
-            # net.compile() would leave an nn.Sequential uncompiled.
-            setattr(net, method, torch.compile(getattr(net, method), dynamic=False))
-            rehearse(run, batches)
-        except Exception as error:              # whatever a compiler raises
-            net.__dict__.pop(method, None)      # the class's own, eager method is back
-            failed[name] = str(error).strip().split("\n")[0]
-    if failed:
-        reason = next(iter(failed.values()))
-        log(f"not compiled, and run as they are: {', '.join(failed)} ({reason})")
+def adam(net, device):
+    """[A] section 5: Adam with beta1 = 0.5. The rate is set at every step, see `set_rates`."""
+    options = dict(betas=(0.5, 0.999), fused=True)      # fused: one kernel for all weights
+    if device.type == "cuda":
+        # A recorded step reads its rate from the device, and counts its steps there.
+        options.update(lr=torch.zeros((), device=device), capturable=True)
+    return torch.optim.Adam(net.parameters(), **options)
 
 
-def rehearse(run, batches):
-    """One step of which nothing remains: not in a weight, a statistic, Adam, or a random state."""
-    state = copy.deepcopy(run.state())
-    B = run.settings["batch_size"]
-    try:
-        x, h, h_wrong = batches.batch(torch.arange(B, device=run.device) % len(batches))
-        gan_cls_step(
-            run.G, run.D, run.opt_G, run.opt_D, x, h, h_wrong, **run.step_options())
-    finally:
-        run.D.requires_grad_(True)              # it may have failed in between
-        run.load_state(state)
+def load_adam(optimizer, state):
+    """Adam's means and squares from a state_dict. Its options are the device's, not the file's."""
+    if state["state"]:
+        options = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state, param_groups=options))
+    else:                                       # before the first step all of them are zero
+        for values in optimizer.state.values():
+            for value in values.values():
+                value.zero_()
 
 
 # ---- S, after G and D ------------------------------------------------------------------------
@@ -423,8 +531,8 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
 
 # ---- Main: a new or a resumed run, G and D, S, what to do next -------------------------------
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     if args.benchmark:
         return benchmark(args)
     if args.export:
@@ -435,6 +543,8 @@ def main():
 
 
 def train_variant(args, variant):
+    start = time.time()
+
     # 1. A new run, or one that was stopped. Of "all", some may be there and others not.
     folder = args.out or run_folder(args, variant)
     path = folder / "checkpoint.pt"
@@ -464,15 +574,14 @@ def train_variant(args, variant):
 
     if run.step < settings["steps"]:
         run.S = None                            # S belonged to the old G: retrain it
-        if args.compile:
-            compile_networks(run, batches)
-        if not train(run, batches, folder, sample_grid):
+        if not train(run, batches, folder, sample_grid, args.eager, start):
             print(f"stopped at step {run.step} and saved; go on with:  "
                   f"python train.py --out {shlex.quote(str(folder))} --resume")
             sys.exit(130)
 
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
     if run.S is None:
+        renew_statistics(run.G_ema, batches)
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             run.S = train_style_encoder(run, batches)
         run.save(path)
@@ -514,17 +623,23 @@ def new_run(args, variant, path):
 
 def choose_settings(args, variant, ds, device):
     """A run's settings, a dict of plain values."""
-    recipe = args.recipe or ("toy" if ds.name == "toy" else "quick")
+    recipe = args.recipe or "quick"
+    if not args.recipe and ds.name == "toy":
+        recipe = "toy"
+    elif not args.recipe and device.type == "cuda":
+        recipe = "gpu"
     n = len(ds.training_images())
     batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], n)
+    if n < 4:
+        raise UserError(f"{n} training images are too few: expected 4 or more")
     if batch_size < 4:
-        raise UserError(f"a batch of {batch_size} is too small: expected 4 training images or more")
+        raise UserError(f"--batch-size {batch_size} is too small: expected 4 or more")
 
     steps = steps_asked(args, n, batch_size)
     if steps is None:
         steps = 600 * (n // batch_size)         # [A] section 5: 600 epochs
-        if RECIPES[recipe]["steps"]:
-            steps = min(steps, RECIPES[recipe]["steps"])
+        steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
+        steps = min(steps, RECIPES[recipe]["steps"] or steps)
 
     ngf = args.ngf
     if not ngf and device.type == "cuda":
@@ -588,7 +703,7 @@ def check_agreement(args, variant, settings, path):
 
 
 def export(args):
-    """What sampling needs of a finished run, in half precision, to weights/NAME.pt."""
+    """What sampling needs of a finished run, its weights in 8 bits, to weights/NAME.pt."""
     if Path(args.export).name != args.export:
         raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
     path = (args.out or run_folder(args, args.variant or "gan-int-cls")) / "checkpoint.pt"
@@ -598,18 +713,13 @@ def export(args):
             raise UserError(f"{path} is not finished: let it go on with --resume")
         phi_checkpoint = dict(checkpoint["encoder"])
         for key in {"phi", "v"} & phi_checkpoint.keys():    # one of weights/ may come without v
-            phi_checkpoint[key] = half(phi_checkpoint[key])
+            phi_checkpoint[key] = data.to_8_bits(phi_checkpoint[key])
         content = dict(
-            settings=checkpoint["settings"], step=checkpoint["step"],
-            average=half(checkpoint["average"]), S=half(checkpoint["S"]), encoder=phi_checkpoint)
+            settings=checkpoint["settings"], step=checkpoint["step"], encoder=phi_checkpoint,
+            average=data.to_8_bits(checkpoint["average"]), S=data.to_8_bits(checkpoint["S"]))
     out = encoder.WEIGHTS / f"{args.export}.pt"
     data.save_checkpoint(out, kind="gan-cls", **content)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
-
-
-def half(state):
-    """A state_dict in half precision."""
-    return {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
 
 
 # ---- How fast it is --------------------------------------------------------------------------
@@ -622,43 +732,53 @@ def benchmark(args):
         "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
         np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
     settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
+    B = settings["batch_size"]
+    precision = settings["precision"]
     captions = RECIPES[settings["recipe"]]["captions"]
     batches = Batches(ds, torch.randn(n, 1024).half().to(device), device, captions)
-    positions = torch.arange(settings["batch_size"], device=device)
+    positions = torch.arange(B, device=device)
     batch = batches.batch(positions)
 
-    def step(run, extras):
+    def algorithm_1(run):
         options = run.step_options()
-        if not extras:
-            del options["view"], options["blends_to_D"], options["extra_G_loss"]
+        del options["view"], options["blends_to_D"], options["extra_G_loss"]
         gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch, **options)
-
-    def four_steps():                           # every fourth has the gradient penalty
-        for _ in range(4):
-            training_step(ours, *batches.batch(positions))
 
     plain = Run(dict(settings, precision="fp32"), device, layout=torch.contiguous_format)
     ours = Run(settings, device)
-    if args.compile:
-        compile_networks(ours, batches)
+    step = Step(ours, batches)
+
+    def four_steps():                           # every fourth has the gradient penalty
+        for _ in range(4):
+            step(positions)
+
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
-          f"{settings['batch_size']}, {settings['variant']}, recipe {settings['recipe']}")
-    for precision in dict.fromkeys(("fp32", settings["precision"])):
-        rate = matrix_product_rate(device, data.DTYPES[precision])
-        print(f"  a matrix product, {precision:5}                   {rate:.2f} TFLOP/s")
-    t_plain = milliseconds(lambda: step(plain, extras=False), device)
-    t_ours = milliseconds(lambda: step(ours, extras=False), device)
-    t_extras = milliseconds(lambda: step(ours, extras=True), device)
-    t_loop = milliseconds(four_steps, device) / 4
-    print(f"  Algorithm 1, fp32, default layout         {t_plain:.1f} ms")
-    print(f"  Algorithm 1, {settings['precision']}, channels last"
-          f"           {t_ours:.1f} ms: {t_plain / t_ours:.2f} times as fast")
-    print(f"  with what the recipe adds to it           {t_extras:.1f} ms")
-    print(f"  the whole loop: data, R1, EMA             {t_loop:.1f} ms: "
-          f"{1000 * settings['batch_size'] / t_loop:,.0f} images a second")
+          f"{B}, {settings['variant']}, recipe {settings['recipe']}")
+    for kind in dict.fromkeys(("fp32", precision)):
+        product = matrix_product_rate(device, data.DTYPES[kind])
+        print(f"  {f'a matrix product, {kind}':42}{product:.2f} TFLOP/s")
+
+    def line(what, function, steps=1):
+        ms = milliseconds(function, device) / steps
+        print(f"  {what:42}{ms:.1f} ms: {1000 * B / ms:,.0f} images a second")
+        return ms
+
+    line("Algorithm 1, fp32, default layout", lambda: algorithm_1(plain))
+    line(f"Algorithm 1, {precision}, channels last", lambda: algorithm_1(ours))
+    ms = line("with the batch and what the recipe adds", step.algorithm_1)
+    line("the whole step, with R1 and the average", four_steps, 4)
+    with FlopCounterMode(display=False) as counter:
+        step.algorithm_1()
+    if device.type == "cuda":
+        step.record()
+        line("the same, recorded", four_steps, 4)
+        ms = line("of it Algorithm 1 with what is added", step.algorithm_1)
+    tera = counter.get_total_flops() / 1e12
+    print(f"  Algorithm 1 with what is added is {tera:.3f} TFLOP: {tera / (ms / 1000):.2f} TFLOP/s, "
+          f"{tera / (ms / 1000) / product:.0%} of the matrix product in {precision}")
 
 
 def milliseconds(f, device, warm_up=5, repeats=15):
@@ -680,7 +800,7 @@ def matrix_product_rate(device, dtype):
     return 2 * size ** 3 / milliseconds(lambda: a @ a, device, 3, 9) / 1e9
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     count = data.int_between(1, 10_000_000)
@@ -691,23 +811,30 @@ def parse_args():
     add("--variant", choices=[*VARIANTS, "all"],
         help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES,
-        help="paper: section 5; quick: with what makes few steps enough; toy: quick for drawn birds"
-             " (default: toy for toy, else quick)")
+        help="paper: section 5; quick: with what makes few steps enough; gpu: quick in large "
+             "batches; toy: quick for drawn birds (default: toy for toy, gpu with CUDA, else quick)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=count, help="length of training (paper: 600)")
     length.add_argument("--steps", type=count,
-                        help="length in steps (toy: 6,000, quick: 25,000, paper: 600 epochs); "
+                        help="length in steps (toy: 6,000, quick: 25,000, others: 600 epochs); "
                              f"S has {STYLE_STEPS:,} more")
-    add("--batch-size", type=count, help="default: of recipe paper 64, of the others 32")
+    add("--batch-size", type=count, help="default: recipe paper 64, gpu 128, others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
     add("--out", type=Path, metavar="DIR",
         help="where the run is kept (runs/DATASET-VARIANT[-SEED])")
     add("--resume", action="store_true", help="go on with the run that is there")
-    add("--compile", action="store_true", help="torch.compile the networks; may be no quicker")
+    add("--eager", action="store_true",
+        help="with CUDA: do not record the step, so that print and breakpoints work in it")
     add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
     add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
-    args = parser.parse_args()
+    add("--lr", help=argparse.SUPPRESS)
+    add("words", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.lr:
+        parser.error("there is no --lr: the rates stand in RECIPES in train.py, lr_G and lr_D")
+    if args.words:
+        parser.error(f"unknown argument {args.words[0]}: did you mean --dataset {args.words[0]}?")
     if args.variant == "all" and args.out:
         parser.error("--variant all keeps each run in its own folder: leave --out out")
     if args.image_encoder and args.image_features:
