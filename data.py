@@ -114,7 +114,8 @@ def load(name, source=None):
             made_of = f" from {', '.join(map(str, paths))}" if paths else ""
             print(f"preparing {name}{made_of}: this is done once and kept in {folder}")
             write_cache(folder, short_name(name), paths, *build(*paths))
-    ds = read_cache(folder, name)
+    # A folder's whole path: a run on it may go on from another place.
+    ds = read_cache(folder, name if name in DATASETS else str(Path(name).resolve()))
 
     without = sum(line.endswith(NO_CAPTION) for line in ds.skipped)
     others = [line for line in ds.skipped if not line.endswith(NO_CAPTION)]

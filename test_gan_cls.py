@@ -3358,14 +3358,15 @@ def test_autocast_and_scaler():
 # Training: train.py
 # ==============================================================================================
 
-def test_a_run_from_start_to_image(tiny, capsys):
+def test_a_run_from_start_to_image(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "FIRST_SAMPLES", (2,))
     assert call(train, *TINY, "--steps", 8, "--out", "run") == 0
     out = capsys.readouterr().out
     assert "loss_D" in out and "D(wrong)" in out and "images/s" in out
     # Nothing is written elsewhere.
     assert {p.name for p in tiny.iterdir()} == {"mine", "cache", "run"}
     samples = sorted(p.name for p in (tiny / "run/samples").iterdir())
-    assert samples == ["000004.png", "000008.png"]
+    assert samples == ["000002.png", "000004.png", "000008.png"]
     assert Image.open(tiny / "run/loss.png").size == (720, 360)
 
     text = ["an all black bird", "日本 🐦 UPPER", "x" * 5000, "--weights", "run/checkpoint.pt"]
@@ -3375,34 +3376,14 @@ def test_a_run_from_start_to_image(tiny, capsys):
     assert files[0] == files[1] != files[2]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_is_unbroken(tiny, precision):
+def test_a_resumed_run_is_unbroken(tiny):
     # Recipe paper: the rates of the others depend on --steps. argparse takes the last --recipe.
-    paper = (*TINY, "--recipe", "paper", "--precision", precision)
+    paper = (*TINY, "--recipe", "paper", "--precision", "bf16")
     assert call(train, *paper, "--steps", 10, "--out", "whole") == 0
     assert call(train, *paper, "--steps", 4, "--out", "parts") == 0
     assert call(train, *paper, "--resume", "--steps", 10, "--out", "parts") == 0
     equal = same(load_run("whole"), load_run("parts"))
     assert equal
-
-
-def test_the_chosen_precision_is_kept_when_a_run_goes_on(tiny, monkeypatch, capsys):
-    choices = iter(["bf16", "fp32"])
-    pick = data.pick_precision
-
-    def measured(device, name="auto", log=print):
-        return next(choices) if name == "auto" else pick(device, name, log)
-
-    monkeypatch.setattr(data, "pick_precision", measured)
-    assert call(train, *TINY[:-2], "--steps", 4, "--out", "run") == 0       # measures: bf16
-    assert load_run("run")["settings"]["precision"] == "bf16"
-    for steps, options, expected in (
-            (6, (), "bf16"), (8, ("--precision", "fp32"), "fp32"), (10, (), "fp32")):
-        capsys.readouterr()
-        options = ("--device", "cpu", *options)
-        assert call(train, "--resume", "--steps", steps, *options, "--out", "run") == 0
-        assert f"{expected} on cpu" in capsys.readouterr().out
-    assert next(choices) == "fp32"                                          # measured once only
 
 
 def stop_at(monkeypatch, step):
@@ -3435,6 +3416,24 @@ def test_stopped_in_an_epoch_and_resumed_is_unbroken(tiny, monkeypatch):
     assert equal
 
 
+def test_the_chosen_precision_is_kept_when_a_run_goes_on(tiny, monkeypatch, capsys):
+    choices = iter(["bf16", "fp32"])
+    pick = data.pick_precision
+
+    def measured(device, name="auto", log=print):
+        return next(choices) if name == "auto" else pick(device, name, log)
+
+    monkeypatch.setattr(data, "pick_precision", measured)
+    assert call(train, *TINY[:-2], "--steps", 4, "--out", "run") == 0       # measures: bf16
+    for steps, options, expected in (
+            (6, (), "bf16"), (8, ("--precision", "fp32"), "fp32"), (10, (), "fp32")):
+        capsys.readouterr()
+        options = ("--device", "cpu", *options)
+        assert call(train, "--resume", "--steps", steps, *options, "--out", "run") == 0
+        assert f"{expected} on cpu" in capsys.readouterr().out
+    assert next(choices) == "fp32"                                          # measured once only
+
+
 @pytest.mark.parametrize("variant", train.VARIANTS)
 def test_the_loop_gives_the_step_what_the_run_asks_for(tiny, monkeypatch, variant):
     """Its switches, rates, Adam's betas, captions, and each training image once an epoch."""
@@ -3462,24 +3461,6 @@ def test_the_loop_gives_the_step_what_the_run_asks_for(tiny, monkeypatch, varian
     assert all(betas == (0.5, 0.999) for step in steps for _, betas in step[2])
     epochs = [sum(positions[:2], []), sum(positions[2:], [])]       # 16 images, batches of 8
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs) and epochs[0] != epochs[1]
-
-
-def test_what_surrounds_algorithm_1(monkeypatch):
-    """G's average has a short memory in the beginning; every fourth step has the penalty, on what D
-    sees; Q learns with G."""
-    run, batches = random_run()
-    first_Q = copy.deepcopy(run.Q.state_dict())
-    decays = []
-    penalised = []
-    monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: decays.append(decay))
-    monkeypatch.setattr(run, "view", lambda x: x * 0.5)
-    monkeypatch.setattr(train, "r1_penalty", lambda D, x, h: penalised.append(x) or D(x, h).sum())
-    step = train.Step(run, batches)
-    for _ in range(8):
-        step(torch.arange(8))
-    assert decays == [n / (n + 10) for n in range(1, 9)]
-    assert len(penalised) == 2 and torch.equal(penalised[1], step.x * 0.5)
-    assert not torch.equal(run.Q.state_dict()["net.2.weight"], first_Q["net.2.weight"])
 
 
 def test_no_S_of_an_older_G_is_kept(tiny, monkeypatch, capsys):
@@ -3527,7 +3508,7 @@ def test_training_in_a_thread_sets_no_signal_handler(tiny):
     assert codes == [0] and load_run("run")["step"] == 4
 
 
-def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
+def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch, capsys):
     gan_cls_step = train.gan_cls_step
     losses = []
 
@@ -3537,11 +3518,13 @@ def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch):
         return out
 
     monkeypatch.setattr(train, "gan_cls_step", watched)
+    monkeypatch.setattr(train, "TELL_AT", 4)
     assert call(train, *TINY, "--steps", 5, "--out", "run") == 0
     rows = load_run("run")["history"]
     assert [row["step"] for row in rows] == [2, 4, 5]
     expected = [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]]
     assert [row["loss_D"] for row in rows] == pytest.approx(expected)
+    assert capsys.readouterr().out.count("the whole takes about") == 1
 
 
 def test_same_seed_same_run(tiny):
@@ -3552,17 +3535,31 @@ def test_same_seed_same_run(tiny):
     assert equal and not other
 
 
-def test_checkpoint_round_trip(tiny):
-    assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
-    checkpoint = load_run("run")
-    run = train.Run(checkpoint["settings"], torch.device("cpu"), checkpoint["encoder"])
-    run.restore(checkpoint)
-    run.save(tiny / "again/checkpoint.pt")
-    equal = same(checkpoint, load_run("again"))
-    assert equal
-
-
 # ---- The parts of a step ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 1.2), ("paper", None)])
+def test_what_surrounds_algorithm_1(monkeypatch, recipe, weight):
+    """G's average has a short memory in the beginning; every fourth step has the penalty, on what D
+    sees; Q learns with G."""
+    run, batches = random_run(recipe)
+    first_Q = copy.deepcopy(run.Q.state_dict()) if run.Q else None
+    decays = []
+    weights = []
+    seen = []
+    monkeypatch.setattr(train, "update_ema", lambda ema, net, decay: decays.append(decay))
+    monkeypatch.setattr(run, "view", lambda x: x * 0.5)
+    monkeypatch.setattr(train, "r1_penalty", lambda D, x, h: seen.append(x) or D(x, h).sum())
+    penalty = run.gradient_penalty_step
+    monkeypatch.setattr(run, "gradient_penalty_step",
+                        lambda x, h, weight: weights.append((run.step, weight)) or penalty(x, h, 1))
+    step = train.Step(run, batches)
+    for _ in range(8):
+        step(torch.arange(8))
+    assert decays == [min(run.recipe["ema"], n / (n + 10)) for n in range(1, 9)]
+    assert weights == ([(4, weight), (8, weight)] if weight else [])
+    assert not weight or torch.equal(seen[1], step.x * 0.5)
+    assert not run.Q or not same(first_Q, run.Q.state_dict())
+
 
 def test_s_learns_what_a_frozen_g_generates(monkeypatch):
     """Eq. 6: only S moves. Its images are augmented, or it would read patterns of G alone."""
@@ -3586,29 +3583,23 @@ def test_s_learns_what_a_frozen_g_generates(monkeypatch):
 @pytest.mark.parametrize("recipe, steps, expected", [
     # [A]: halved every 100 epochs, here of 8 steps.
     ("paper", 2000, {0: (2e-4, 2e-4), 799: (2e-4, 2e-4), 800: (1e-4, 1e-4), 1600: (5e-5, 5e-5)}),
-    # Constant for a half, then in a straight line to a tenth.
+    # Constant for a half, then in a straight line to a share of the first.
     ("quick", 1000, {0: (4e-4, 2e-4), 500: (4e-4, 2e-4), 750: (2e-4, 1e-4), 999: (4e-5, 2e-5)}),
+    ("gpu", 1000, {500: (5e-4, 2.5e-4), 750: (2.5e-4, 1.25e-4), 999: (2e-5, 1e-5)}),
 ])
-def test_learning_rates(recipe, steps, expected):
+@pytest.mark.parametrize("tensor", [False, True])       # True: as on CUDA
+def test_learning_rates(recipe, steps, expected, tensor):
     run, _ = random_run(recipe)
     run.settings["steps"] = steps
+    groups = [optimizer.param_groups[0] for optimizer in (run.opt_G, run.opt_D)]
+    held = [torch.zeros(()), torch.zeros(())]
+    for group, rate in zip(groups, held):
+        group["lr"] = rate if tensor else 0.0
     for step, rates in expected.items():
         run.step = step
         train.set_rates(run, step // 8)
-        got = [optimizer.param_groups[0]["lr"] for optimizer in (run.opt_G, run.opt_D)]
-        assert got == pytest.approx(rates)
-
-
-@pytest.mark.parametrize("recipe, weight", [("quick", 0.04), ("toy", 1.2), ("paper", None)])
-def test_the_gradient_penalty_comes_at_every_fourth_step(tiny, monkeypatch, recipe, weight):
-    seen = []
-
-    def watched(run, x, h, weight):
-        seen.append((run.step, weight, len(x)))
-
-    monkeypatch.setattr(train.Run, "gradient_penalty_step", watched)
-    assert call(train, *TINY, "--recipe", recipe, "--steps", 9, "--out", "run") == 0
-    assert seen == ([(4, weight, 8), (8, weight, 8)] if weight else [])
+        got = held if tensor else [group["lr"] for group in groups]
+        assert [float(rate) for rate in got] == pytest.approx(rates)
 
 
 def test_the_gradient_penalty_makes_d_flatter_and_leaves_g_alone():
@@ -3632,9 +3623,12 @@ def test_what_d_is_shown_follows_the_recipe(monkeypatch, recipe):
     x = batches.batch(torch.arange(8))[0]
     monkeypatch.setattr(train, "augment", lambda x: x + 1)
     monkeypatch.setattr(train, "sharpen", lambda x, gain: x * gain)
-    expected = {"paper": x, "quick": x + 1, "toy": (x + 1) * train.RECIPES["toy"]["sharpen"]}
-    assert torch.equal(run.view(x), expected[recipe])
-    assert run.step_options()["blends_to_D"] == (recipe != "paper")
+    expected = {"paper": x, "toy": (x + 1) * train.RECIPES["toy"]["sharpen"]}
+    assert torch.equal(run.view(x), expected.get(recipe, x + 1))
+    options = []
+    monkeypatch.setattr(train, "gan_cls_step", lambda *args, **more: options.append(more))
+    train.Step(run, batches).algorithm_1()
+    assert options[0]["blends_to_D"] == (recipe != "paper")
 
 
 def test_extra_loss_is_mode_seeking_and_eq_6():
@@ -3665,22 +3659,30 @@ def test_extra_loss_is_mode_seeking_and_eq_6():
 
 
 def test_statistics_of_the_average_are_those_of_its_own_activations():
-    """After a pass with these statistics each normalised channel has mean 0 and variance 1."""
+    """By hand for the first batch norm, from the first caption of every training image."""
     run, batches = random_run()
+    G = run.G_ema
     with torch.no_grad():
-        for p in run.G_ema.parameters():
+        for p in G.parameters():
             p.mul_(1.5)
-    rng = torch.get_rng_state()
-    train.renew_statistics(run.G_ema, batches, size=48, at_once=64)
-    first = copy_of(run.G_ema)
-    norm = run.G_ema.net[5]
-    seen = []
-    norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    run.G_ema.net[5].eval()
-    train.renew_statistics(run.G_ema, batches, size=48, at_once=64)
-    assert same(first, run.G_ema.state_dict()) and torch.equal(rng, torch.get_rng_state())
-    assert not run.G_ema.training and norm.num_batches_tracked == 1
-    assert norm.running_var.min() > 0
+    random = torch.get_rng_state()
+    train.renew_statistics(G, batches, at_once=32)                  # two batches of 64 images
+    first = copy_of(G)
+    train.renew_statistics(G, batches, at_once=32)
+    assert same(first, G.state_dict()) and torch.equal(random, torch.get_rng_state())
+    assert not G.training
+
+    h = batches.caption_table[::2].float()                          # two captions an image
+    h = h[batches.training_images]
+    z = torch.randn(64, 100, generator=torch.Generator().manual_seed(2))
+    linear, unflatten, norm = G.net[:3]
+    with torch.no_grad():
+        maps = unflatten(linear(torch.cat([z, G.text(h)], 1))).double()
+    halves = [part.transpose(0, 1).flatten(1) for part in maps.split(32)]
+    mean = sum(part.mean(1) for part in halves) / 2
+    var = sum(part.var(1) for part in halves) / 2
+    assert torch.allclose(norm.running_mean.double(), mean, atol=1e-5)
+    assert torch.allclose(norm.running_var.double(), var, rtol=1e-4)
 
 
 # ---- The recorded step -----------------------------------------------------------------------
@@ -4588,48 +4590,41 @@ def test_bad_input_to_encoder(here, capsys):
 
 def test_benchmark_prints_and_writes_nothing(here, capsys, monkeypatch):
     needs_exercises(1, 2, 4, 5)
-    strides = []
-    gan_cls_step = train.gan_cls_step
-
-    def watched(G, D, opt_G, opt_D, *rest, **options):
-        out = gan_cls_step(G, D, opt_G, opt_D, *rest, **options)
-        for p, state in [*opt_G.state.items(), *opt_D.state.items()]:
-            strides.append(state["exp_avg"].stride() == p.stride())
-        return out
-
-    monkeypatch.setattr(train, "gan_cls_step", watched)
-    monkeypatch.setattr(train, "matrix_product_rate", lambda *_: 0.25)
+    monkeypatch.setattr(train, "seconds", lambda function: function() is None and 0.5 or 0.25)
     assert call(train, "--benchmark", "--ngf", 2, "--ndf", 2, "--batch-size", 8, "--device", "cpu",
                 "--precision", "bf16") == 0
     out = capsys.readouterr().out
-    assert re.search(r"Algorithm 1, fp32, default layout +[\d.]+ ms", out)
-    assert re.search(r"channels last +[\d.]+ ms: [\d.]+ times as fast", out)
-    assert "0.25 TFLOP/s" in out and "images a second" in out and list(here.iterdir()) == []
-    # Fused Adam on CUDA refuses a state that lies in memory in another order than its weights.
-    assert len(strides) > 1000 and all(strides)
+    rate = 2 * 2048 ** 3 / 0.25 / 1e12
+    assert f"a matrix product, bf16: {rate:.2f} TFLOP/s" in out
+    assert re.search(r"eager: .* 500.0 ms, [\d.]+ TFLOP/s, \d+% of the product's rate", out)
+    assert re.search(r"the whole step 125.0 ms, 64 images/s", out) and list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("options, recipe, steps", [
-    ((), "toy", 6000), (("--recipe", "paper"), "paper", 600 * (6400 // 64)),
-    (("--epochs", 2), "toy", 2 * (6400 // 32))])
-def test_recipe_and_length_follow_the_data_unless_named(monkeypatch, options, recipe, steps):
-    _, batches = random_run()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *map(str, options)])
-    args = train.parse_args()
-    ds = data.Dataset("toy", batches.images.numpy(), [["a bird"]] * 6400, np.arange(6400) % 8,
-                      list("abcdefgh"), np.zeros(8, bool), np.arange(6400))
-    settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
-    assert (settings["recipe"], settings["steps"]) == (recipe, steps)
-    ds.name = "cub"
-    settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
-    if not options:
-        assert (settings["recipe"], settings["steps"]) == ("quick", 25_000)
+def test_adam_keeps_its_state_in_the_order_of_the_weights():
+    """Fused Adam on CUDA refuses a state that lies in memory in another order than its weights."""
+    run, batches = random_run()
+    trained(run, batches, 1)
+    for optimizer in (run.opt_G, run.opt_D):
+        for p, state in optimizer.state.items():
+            assert state["exp_avg"].stride() == p.stride()
 
-    # Never more than the paper's 600 epochs: a few images need no 25,000 steps.
-    ds.labels = ds.labels[:64]
-    settings = train.choose_settings(args, "gan", ds, torch.device("cpu"))
-    if not options:
-        assert settings["steps"] == 600 * (64 // 32)
+
+@pytest.mark.parametrize("name, device, images, options, recipe, steps, ngf", [
+    ("toy", "cpu", 6400, [], "toy", 6000, 32),
+    ("toy", "cuda", 6400, [], "toy", 6000, 128),
+    ("toy", "cpu", 6400, ["--recipe", "paper"], "paper", 600 * (6400 // 64), 32),
+    ("cub", "cpu", 6400, [], "quick", 25_000, 32),
+    ("cub", "cuda", 6400, [], "gpu", 600 * (6400 // 128), 128),
+    ("cub", "cuda", 6400, ["--steps", 7, "--ngf", 8], "gpu", 7, 8),
+    ("mine", "cpu", 64, [], "quick", 600 * (64 // 32), 32),     # few images need no 25,000 steps
+    ("mine", "cuda", 64, [], "gpu", 5000, 128),
+])
+def test_recipe_and_length_follow_data_and_device(name, device, images, options, recipe, steps, ngf):
+    args = train.parse_args(["--device", "cpu", "--precision", "fp32", *map(str, options)])
+    ds = data.Dataset(name, None, [["a bird"]] * images, np.arange(images) % 8, list("abcdefgh"),
+                      np.zeros(8, bool), np.arange(images))
+    settings = train.choose_settings(args, "gan", ds, torch.device(device))
+    assert (settings["recipe"], settings["steps"], settings["ngf"]) == (recipe, steps, ngf)
 
 
 def test_resuming_with_other_settings_names_both(tiny, capsys):
@@ -4646,20 +4641,16 @@ def test_resuming_with_other_settings_names_both(tiny, capsys):
     assert load_run("run")["step"] == 4
 
 
-def test_data_that_moved_are_the_same_data(tiny):
-    assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
-    shutil.move("mine", "moved")
-    assert call(train, "--resume", "--out", "run", "--steps", 6) == 2       # not there any more
-    assert call(train, "--resume", "--out", "run", "--steps", 6, "--dataset", "moved") == 0
-    assert load_run("run")["step"] == 6
-
-
-def test_a_run_goes_on_from_another_folder(tiny, monkeypatch):
+def test_a_run_goes_on_from_another_folder_and_on_data_that_moved(tiny, monkeypatch):
     assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
     (tiny / "elsewhere").mkdir()
     monkeypatch.chdir(tiny / "elsewhere")
-    assert call(train, "--resume", "--out", "../run", "--steps", 6) == 0
-    assert load_run("../run")["step"] == 6
+    resume = ("--resume", "--out", "../run", "--steps")
+    assert call(train, *resume, 6) == 0
+    shutil.move("../mine", "../moved")
+    assert call(train, *resume, 8) == 2                             # not there any more
+    assert call(train, *resume, 8, "--dataset", "../moved") == 0
+    assert load_run("../run")["step"] == 8
 
 
 def test_the_last_line_can_be_pasted(tiny, capsys):
@@ -4675,29 +4666,20 @@ def test_the_last_line_can_be_pasted(tiny, capsys):
     assert call(sample, *words[2:], "--n", 2) == 0
 
 
-def test_the_four_variants_are_trained_and_finished_ones_stay(tiny):
-    for steps in (2, 4):
-        assert call(train, *TINY, "--steps", steps, "--variant", "all") == 0
-        runs = sorted(tiny.glob("runs/*/checkpoint.pt"))
-        assert len(runs) == 4
-        checkpoints = [load_run(path.parent) for path in runs]
-        assert {c["settings"]["variant"] for c in checkpoints} == set(train.VARIANTS)
-        assert all(c["step"] == steps for c in checkpoints)
-    stamps = [path.stat().st_mtime_ns for path in runs]
-    assert call(train, *TINY, "--steps", 4, "--variant", "all") == 0
-    assert stamps == [path.stat().st_mtime_ns for path in runs]
-
-
-def test_four_variants_go_on_where_they_were_stopped(tiny, monkeypatch, capsys):
-    four = (*TINY, "--variant", "all", "--epochs", 2)       # 4 steps: 16 training images
+def test_four_variants_go_on_where_they_were_stopped_and_finished_ones_stay(tiny, monkeypatch):
+    four = (*TINY, "--variant", "all", "--steps", 4)
     with monkeypatch.context() as patch:
         stop_at(patch, 6)                                   # in the second of them
         assert call(train, *four) == 130
     assert len(list(tiny.glob("runs/*/checkpoint.pt"))) == 2
     assert call(train, *four, "--resume") == 0
     runs = sorted(tiny.glob("runs/*/checkpoint.pt"))
-    assert len(runs) == 4 and all(load_run(path.parent)["step"] == 4 for path in runs)
-    check_refused(capsys, train, [*TINY, "--variant", "all", "--steps", 3], "has done 4 steps")
+    checkpoints = [load_run(path.parent) for path in runs]
+    assert {c["settings"]["variant"] for c in checkpoints} == set(train.VARIANTS)
+    assert all(c["step"] == 4 for c in checkpoints)
+    stamps = [path.stat().st_mtime_ns for path in runs]
+    assert call(train, *four) == 0
+    assert stamps == [path.stat().st_mtime_ns for path in runs]
 
 
 def test_what_fails_beside_a_checkpoint_is_not_blamed_on_it(tiny, monkeypatch, capsys):
@@ -4718,25 +4700,26 @@ def test_what_fails_beside_a_checkpoint_is_not_blamed_on_it(tiny, monkeypatch, c
 
 
 def test_export_keeps_what_sampling_needs(tiny, monkeypatch):
+    """In 8 bits, a quarter of the size; also of a run whose phi came without its image side."""
     monkeypatch.setattr(encoder, "WEIGHTS", tiny / "weights")
     assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
     assert call(train, "--out", "run", "--export", "mine") == 0
-    for weights, out in (("run", "a.png"), ("weights/mine.pt", "b.png")):
-        assert call(sample, "a bird", "--weights", weights, "--out", out) == 0
-    a = np.asarray(Image.open("a.png")).astype(int)
-    b = np.asarray(Image.open("b.png")).astype(int)
-    assert np.abs(a - b).max() <= 3
+    whole = load_run("run")
     size = (tiny / "weights/mine.pt").stat().st_size
-    assert size < 0.5 * (tiny / "run/checkpoint.pt").stat().st_size
+    assert size < 0.3 * (tiny / "run/checkpoint.pt").stat().st_size
+    small = data.load_checkpoint(tiny / "weights/mine.pt", "gan-cls")
+    assert small["settings"] == whole["settings"]
+    back = data.from_8_bits(small["average"])
+    for key, value in whole["average"].items():
+        if value.dim() < 2:                                         # biases and batch norm
+            assert torch.equal(back[key], value)
+        else:                                                       # half a step is the error
+            step = value.flatten(1).abs().amax(1) / 127
+            error = (back[key] - value).flatten(1).abs().amax(1)
+            assert back[key].shape == value.shape and (error <= 0.51 * step).all(), key
 
-
-def test_a_run_on_a_phi_without_its_image_side_can_be_exported(tiny, monkeypatch):
-    # As flowers.pt gives it to a new training.
-    monkeypatch.setattr(encoder, "WEIGHTS", tiny / "weights")
-    assert call(train, *TINY, "--steps", 4, "--out", "run") == 0
-    content = load_run("run")
-    del content["encoder"]["v"], content["format"]
-    data.save_checkpoint(tiny / "run/checkpoint.pt", **content)
+    del whole["encoder"]["v"], whole["format"]
+    data.save_checkpoint(tiny / "run/checkpoint.pt", **whole)
     assert call(train, "--out", "run", "--export", "mine") == 0
     assert call(sample, "a bird", "--weights", "mine") == 0
 
@@ -4762,21 +4745,19 @@ def broken_checkpoints(folder):
 
 BAD_TRAINING = [
     (["--dataset", "nowhere"], "unknown data set"),
+    (["cub"], "did you mean --dataset cub?"),
+    (["--lr", "0.1"], "the rates stand in RECIPES"),
     ([*TINY, "--out", "run"], "--resume"),
     ([*TINY, "--out", "new", "--resume"], "nothing to resume"),
     ([*TINY, "--steps", "-3"], "expected a number"),
     (["--device", "toaster"], "toaster"),
     (["--device", "mps"], "expected one of: cpu"),
-    ([*TINY, "--out", "few", "--batch-size", 3], "too small"),
-    (["--out", "run", "--resume", "--epochs", 1], "has done 4 steps"),
+    ([*TINY, "--out", "few", "--batch-size", 3], "--batch-size 3 is too small"),
     (["--out", "run", "--resume", "--steps", 3], "has done 4 steps"),
-    (["--out", "run", "--resume", "--image-encoder", "conv"], "its text encoder already"),
-    (["--out", "run", "--resume", "--image-features", "f.npy"], "its text encoder already"),
     (["--ngf", 100_000], "expected a number from 1 to 1,024"),
-    (["--variant", "all", "--out", "x"], "leave --out out"),
-    (["--image-encoder", "conv", "--image-features", "f.npy"], "name one"),
-    (["--variant", "all", "--benchmark"], "take one --variant"),
-    (["--variant", "all", "--export", "x"], "take one --variant"),
+    (["--variant", "all", "--out", "x"], "in its own folder"),
+    (["--variant", "all", "--benchmark"], "in its own folder"),
+    (["--image-encoder", "conv", "--image-features", "f.npy"], "--image-encoder"),
     (["--out", "run", "--export", "../x"], "not a path"),
     (["--out", "short", "--resume"], "does not fit"),
     (["--out", "short", "--export", "x"], "does not fit"),

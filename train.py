@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -93,6 +94,7 @@ RECIPES["gpu"] = dict(
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
 FIRST_SAMPLES = (100, 250)                      # steps: so that something is seen early
+TELL_AT = 100                                   # step after which the time of the whole is told
 SAVE_SECONDS = 60                               # between two saves: a GPU takes 500 steps in less
 
 
@@ -170,7 +172,9 @@ class Step:
         self.x, self.h, h_wrong = self.batches.batch(self.positions)
         self.out = gan_cls_step(
             run.generate, run.D, run.opt_G, run.opt_D, self.x, self.h, h_wrong,
-            **run.step_options())
+            **VARIANTS[run.settings["variant"]], view=run.view,
+            blends_to_D=run.recipe["blends_to_D"], extra_G_loss=run.extra_G_loss,
+            amp=run.amp, scaler=run.scaler)
 
     def gradient_penalty(self):
         self.run.gradient_penalty_step(self.x, self.h, 4 * self.run.recipe["r1"])
@@ -304,7 +308,7 @@ class Meter:
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         self.log(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
                  f"{self.run.settings['batch_size'] / seconds:.0f} images/s  {left:.1f} min left")
-        if done == 100:
+        if done == TELL_AT:
             so_far = (time.time() - self.begun) / 60
             style = STYLE_STEPS * seconds / 2 / 60              # a step of S is half as long
             self.log(f"the whole takes about {so_far + left + style:.0f} minutes, of which "
@@ -357,11 +361,10 @@ def plot_history(history, path):
 class Run:
     """Networks, optimizers and what else a checkpoint holds.
 
-    settings: a dict of plain values; phi_checkpoint: see encoder.build. layout: how images lie
-    in memory; convolutions in 16 bits want channels last.
+    settings: a dict of plain values; phi_checkpoint: see encoder.build.
     """
 
-    def __init__(self, settings, device, phi_checkpoint=None, layout=torch.channels_last):
+    def __init__(self, settings, device, phi_checkpoint=None):
         self.settings = settings
         self.device = device
         self.phi_checkpoint = phi_checkpoint
@@ -371,7 +374,8 @@ class Run:
         self.S = None               # trained when G and D are done
 
         torch.manual_seed(settings["seed"])
-        put = dict(device=device, memory_format=layout)
+        # Channels last: how convolutions in 16 bits want images to lie in memory.
+        put = dict(device=device, memory_format=torch.channels_last)
         self.G = Generator(settings["ngf"]).to(**put)
         self.D = Discriminator(settings["ndf"]).to(**put)
         self.Q = StyleEncoder(settings["ndf"]).to(**put) if self.recipe["style"] else None
@@ -384,12 +388,6 @@ class Run:
         self.opt_D = adam(self.D, device)
         self.amp = data.autocast(device, settings["precision"])
         self.scaler = data.grad_scaler(device, settings["precision"])
-
-    def step_options(self):
-        """What gan_cls_step is told of this run: its model, its precision, and what follows."""
-        return dict(VARIANTS[self.settings["variant"]], view=self.view,
-                    blends_to_D=self.recipe["blends_to_D"], extra_G_loss=self.extra_G_loss,
-                    amp=self.amp, scaler=self.scaler)
 
     # What recipes "quick" and "toy" add to Algorithm 1.
 
@@ -446,9 +444,8 @@ class Run:
         """All that a step changes or reads, but `step`: a dict of state_dicts and random states."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state["rng"] = torch.get_rng_state()
-        state["cuda_rng"] = None
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        cuda = self.device.type == "cuda"
+        state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if cuda else None
         return state
 
     def load_state(self, state):
@@ -596,21 +593,13 @@ def run_folder(args, variant):
     return Path("runs") / f"{data.short_name(args.dataset or 'toy')}-{variant}{seed}"
 
 
-def dataset_name(args):
-    """--dataset, None where it was not given. A folder's whole path: a run that goes on may be
-    started from another place."""
-    if args.dataset and args.dataset not in data.DATASETS:
-        return str(Path(args.dataset).resolve())
-    return args.dataset
-
-
 def new_run(args, variant, path):
     """(run, data set) from the command line."""
     if path.exists():
         raise UserError(f"{path} is there already: add --resume to go on with it, or name "
                         "another --out")
     device = args.device
-    ds = data.load(dataset_name(args) or "toy", args.source)
+    ds = data.load(args.dataset or "toy", args.source)
     settings = choose_settings(args, variant, ds, device)
     # One text encoder serves all runs on a data set; with --out nothing is written elsewhere.
     shared = encoder.encoder_path(ds)
@@ -635,8 +624,8 @@ def choose_settings(args, variant, ds, device):
     if batch_size < 4:
         raise UserError(f"--batch-size {batch_size} is too small: expected 4 or more")
 
-    steps = steps_asked(args, n, batch_size)
-    if steps is None:
+    steps = args.steps
+    if not steps:
         steps = 600 * (n // batch_size)         # [A] section 5: 600 epochs
         steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
         steps = min(steps, RECIPES[recipe]["steps"] or steps)
@@ -654,11 +643,6 @@ def choose_settings(args, variant, ds, device):
         precision=data.pick_precision(device, args.precision or "auto"))
 
 
-def steps_asked(args, n, batch_size):
-    """--steps, or --epochs of n images in steps; None where neither is given."""
-    return args.epochs * (n // batch_size) if args.epochs else args.steps
-
-
 def resumed_run(args, variant, path):
     """(run, data set) from a checkpoint. What the command line says must agree with it."""
     if not path.exists():
@@ -667,7 +651,7 @@ def resumed_run(args, variant, path):
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         check_agreement(args, variant, settings, path)
-        trained_on = dataset_name(args) or settings["dataset"]
+        trained_on = args.dataset or settings["dataset"]
     ds = data.load(trained_on, args.source)     # what fails here is not the checkpoint's fault
     with data.checkpoint_errors(path):
         if ds.digest() != settings["digest"]:
@@ -675,12 +659,10 @@ def resumed_run(args, variant, path):
                 f"{path} was trained on {settings['dataset']} as it was then; {ds.name} has other "
                 "captions or another split: name the same data, or another --out for a new run")
         settings["dataset"] = ds.name           # the same data may have moved
-        asked = steps_asked(args, len(ds.training_images()), settings["batch_size"])
-        steps = asked or settings["steps"]
-        if steps < checkpoint["step"]:
+        settings["steps"] = args.steps or settings["steps"]
+        if settings["steps"] < checkpoint["step"]:
             raise UserError(f"{path} has done {checkpoint['step']:,} steps already: ask for as "
                             "many or more, or name another --out for a new run")
-        settings["steps"] = steps
         if args.precision not in (None, "auto"):
             settings["precision"] = args.precision
         run = Run(settings, args.device, checkpoint["encoder"])
@@ -690,9 +672,6 @@ def resumed_run(args, variant, path):
 
 def check_agreement(args, variant, settings, path):
     """Raise UserError where an option was given that is not the run's."""
-    if args.resume and (args.image_encoder or args.image_features):
-        raise UserError(f"{path} holds its text encoder already: leave --image-encoder and "
-                        "--image-features out, or name another --out for a new run")
     asked = dict(recipe=args.recipe, batch_size=args.batch_size, seed=args.seed, ngf=args.ngf,
                  ndf=args.ndf, variant=variant if args.variant else None)
     for key, value in asked.items():
@@ -725,79 +704,53 @@ def export(args):
 # ---- How fast it is --------------------------------------------------------------------------
 
 def benchmark(args):
-    """Time the step on random data, in fp32 and in the precision that `auto` takes. Prints."""
+    """Time the step on random data, beside what the machine reaches at best. Prints."""
     device = args.device
     n = 2048
     ds = data.Dataset(
         "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
         np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
-    settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
-    B = settings["batch_size"]
+    run = Run(choose_settings(args, args.variant or "gan-int-cls", ds, device), device)
+    batches = Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"])
+    step = Step(run, batches)
+    positions = step.positions.clone()
+    settings = run.settings
     precision = settings["precision"]
-    captions = RECIPES[settings["recipe"]]["captions"]
-    batches = Batches(ds, torch.randn(n, 1024).half().to(device), device, captions)
-    positions = torch.arange(B, device=device)
-    batch = batches.batch(positions)
-
-    def algorithm_1(run):
-        options = run.step_options()
-        del options["view"], options["blends_to_D"], options["extra_G_loss"]
-        gan_cls_step(run.G, run.D, run.opt_G, run.opt_D, *batch, **options)
-
-    plain = Run(dict(settings, precision="fp32"), device, layout=torch.contiguous_format)
-    ours = Run(settings, device)
-    step = Step(ours, batches)
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
+          f"{len(positions)}, {settings['variant']}, recipe {settings['recipe']}")
 
     def four_steps():                           # every fourth has the gradient penalty
         for _ in range(4):
             step(positions)
 
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
-          f"{B}, {settings['variant']}, recipe {settings['recipe']}")
-    for kind in dict.fromkeys(("fp32", precision)):
-        product = matrix_product_rate(device, data.DTYPES[kind])
-        print(f"  {f'a matrix product, {kind}':42}{product:.2f} TFLOP/s")
-
-    def line(what, function, steps=1):
-        ms = milliseconds(function, device) / steps
-        print(f"  {what:42}{ms:.1f} ms: {1000 * B / ms:,.0f} images a second")
-        return ms
-
-    line("Algorithm 1, fp32, default layout", lambda: algorithm_1(plain))
-    line(f"Algorithm 1, {precision}, channels last", lambda: algorithm_1(ours))
-    ms = line("with the batch and what the recipe adds", step.algorithm_1)
-    line("the whole step, with R1 and the average", four_steps, 4)
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=data.DTYPES[precision])
+    product = 2 * size ** 3 / seconds(lambda: a @ a) / 1e12
+    print(f"  a matrix product, {precision}: {product:.2f} TFLOP/s")
     with FlopCounterMode(display=False) as counter:
         step.algorithm_1()
-    if device.type == "cuda":
-        step.record()
-        line("the same, recorded", four_steps, 4)
-        ms = line("of it Algorithm 1 with what is added", step.algorithm_1)
     tera = counter.get_total_flops() / 1e12
-    print(f"  Algorithm 1 with what is added is {tera:.3f} TFLOP: {tera / (ms / 1000):.2f} TFLOP/s, "
-          f"{tera / (ms / 1000) / product:.0%} of the matrix product in {precision}")
+
+    for how in ("eager", "recorded"):
+        core = seconds(step.algorithm_1)
+        whole = seconds(four_steps) / 4
+        print(f"  {how}: Algorithm 1 with what the recipe adds {1000 * core:.1f} ms, "
+              f"{tera / core:.2f} TFLOP/s, {tera / core / product:.0%} of the product's rate")
+        print(f"  {how}: the whole step {1000 * whole:.1f} ms, {len(positions) / whole:,.0f} "
+              "images/s")
+        if device.type != "cuda":
+            break
+        step.record()
 
 
-def milliseconds(f, device, warm_up=5, repeats=15):
-    """The median time of a call."""
-    times = []
-    for i in range(warm_up + repeats):
-        start = time.perf_counter()
-        f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times[warm_up:]))
-
-
-def matrix_product_rate(device, dtype):
-    """TFLOP/s of a large square product: what this machine reaches at best."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size ** 3 / milliseconds(lambda: a @ a, device, 3, 9) / 1e9
+def seconds(function):
+    """The median time of a call; on CUDA it waits for the device."""
+    timer = Timer("function()", globals=dict(function=function))
+    timer.timeit(5)
+    return timer.blocked_autorange(min_run_time=1).median
 
 
 def parse_args(argv=None):
@@ -812,12 +765,10 @@ def parse_args(argv=None):
         help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES,
         help="paper: section 5; quick: with what makes few steps enough; gpu: quick in large "
-             "batches; toy: quick for drawn birds (default: toy for toy, gpu with CUDA, else quick)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=count, help="length of training (paper: 600)")
-    length.add_argument("--steps", type=count,
-                        help="length in steps (toy: 6,000, quick: 25,000, others: 600 epochs); "
-                             f"S has {STYLE_STEPS:,} more")
+             "batches; toy: for drawn birds (default: toy for toy, gpu with CUDA, else quick)")
+    add("--steps", type=count,
+        help="length of training (toy: 6,000, quick: 25,000, others: 600 epochs); "
+             f"S has {STYLE_STEPS:,} more")
     add("--batch-size", type=count, help="default: recipe paper 64, gpu 128, others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
@@ -835,12 +786,9 @@ def parse_args(argv=None):
         parser.error("there is no --lr: the rates stand in RECIPES in train.py, lr_G and lr_D")
     if args.words:
         parser.error(f"unknown argument {args.words[0]}: did you mean --dataset {args.words[0]}?")
-    if args.variant == "all" and args.out:
-        parser.error("--variant all keeps each run in its own folder: leave --out out")
-    if args.image_encoder and args.image_features:
-        parser.error("--image-encoder conv and --image-features are two image sides: name one")
-    if args.variant == "all" and (args.benchmark or args.export):
-        parser.error("--benchmark and --export take one --variant, not all")
+    if args.variant == "all" and (args.out or args.benchmark or args.export):
+        parser.error("--variant all trains each model in its own folder: leave --out, --benchmark "
+                     "and --export out")
     return args
 
 
