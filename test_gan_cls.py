@@ -132,10 +132,6 @@ def small_batch(B=8, dtype=torch.float64):
     return x, torch.randn(B, 12, dtype=dtype), torch.randn(B, 12, dtype=dtype)
 
 
-def weights(net):
-    return [p.detach().clone() for p in net.parameters()]
-
-
 def gradients(net):
     return [p.grad for p in net.parameters()]
 
@@ -4241,13 +4237,13 @@ def start(folder, code, *args):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-KILLS = int(os.environ.get("KILLS", 8))                 # KILLS=100 pytest -k killed: the long form
+KILLS = int(os.environ.get("KILLS", 5))                 # KILLS=100 pytest -k killed: the long form
 
 
 def test_killed_runs_resume_to_the_same_weights(tiny):
     """kill -9 at random moments of a real run; what comes out is the unbroken run's."""
     rng = random.Random(0)
-    steps = max(60, 12 * KILLS)
+    steps = 12 * KILLS
     write_encoder(tiny)
     run = start(tiny, OFTEN, *TINY, "--steps", steps, "--out", "whole")
     assert "done" in run.communicate()[0]
@@ -4261,6 +4257,7 @@ def test_killed_runs_resume_to_the_same_weights(tiny):
                 run.kill()
                 break
         run.communicate()
+        assert run.returncode in (0, -9)
         kills += run.returncode == -9
         if (tiny / "killed/checkpoint.pt").exists():
             load_run("killed")                                      # whole, always
@@ -4327,24 +4324,24 @@ ODD_NAMES = {"k\udce9\n/a\udcff.png": jpeg(), "k\udce9\n/a\udcff.txt": b"a bird"
      lambda path: data.load("cub", path), 200),
     ("mine.zip", lambda path: zipped(path, odd_files()), data.load, 100),
     ("mine.tar.gz", lambda path: tar(path, odd_files()), data.load, 100),
-    ("run.pt", lambda path: run_by_hand(path), sample.Model, 50)])
+    ("run.pt", run_by_hand, sample.Model, 30)])
 def test_what_is_broken_is_read_or_refused_in_one_line(here, name, write, read, tries):
     rng = random.Random(0)
     write(here / name)
     files = [path for path in sorted(here.rglob("*")) if path.is_file()]
     read(name)
-    good = 0
+    refused = 0
     for _ in range(tries):
         path = rng.choice(files)
         whole = path.read_bytes()
         path.write_bytes(mutated(rng, whole))
         try:
             read(name)
-            good += 1
         except data.UserError as error:
             assert "\n" not in str(error)
+            refused += 1
         path.write_bytes(whole)
-    assert good < tries
+    assert refused
     TALLY["broken inputs tried"] += tries
 
 
@@ -4407,6 +4404,7 @@ def test_commands_of_the_readme_are_understood(here, monkeypatch):
         raise KeyboardInterrupt                             # which ends a script with code 130
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    unpacked(here, dict.fromkeys(re.findall(r"@(\w+\.txt)", README), b"a bird\n"))
     commands = re.findall(r"python (data|encoder|train|sample)\.py(.*?)[`\n]", README)
     assert len(commands) > 15
     for script, words in commands:
