@@ -578,8 +578,8 @@ STEP_OPTIONS = [
 def grade_gan_cls_step(solution):
     """With plain gradient descent at a rate of 1 a weight moves by minus its gradient."""
     needs_exercises(1, 2, 4)
-    x, h, h_wrong = small_batch()
-    blends = (h[:4] + h[4:]) / 2
+    x, h, h_wrong = small_batch(4)
+    blends = (h[:2] + h[2:]) / 2
     for variant, extras in itertools.product(train.VARIANTS, STEP_OPTIONS):
         where = ", ".join(["Algorithm 1", variant, *extras])
         options = dict(train.VARIANTS[variant], **extras)
