@@ -148,7 +148,10 @@ class Discriminator(nn.Module):
         init_weights(self)
 
     def score(self, f, h):
-        """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s."""
+        """Features f (B, 8*ndf, 4, 4) and h (B, 1024) -> logits (B,); sigmoid(logit) is s.
+
+        The compressed text stands behind f in depth, at all 16 places of the map.
+        """
         text = self.text(h)                                         # (B, 128)
         text = text[:, :, None, None].expand(-1, -1, MAP, MAP)      # the same at all 16 places
         return self.joint(torch.cat([f, text], 1)).flatten()
@@ -175,8 +178,8 @@ def log_one_minus_s(l):
 def discriminator_loss(l_real, l_wrong, l_fake):
     """Minus L_D of [A] Algorithm 1, because optimisers minimise.
 
-    Logits (B,) of any float type -> scalar, float32. l_real {real image, right text},
-    l_wrong {real image, wrong text}, l_fake {fake image, right text}.
+    Logits (B,) of any float type -> scalar, float32, the mean over the batch. l_real {real image,
+    right text}, l_wrong {real image, wrong text}, l_fake {fake image, right text}.
     l_wrong=None is the paper's baseline: eq. 1 given the text, D(x, h) and G(z, h), no wrong texts.
     """
     if l_wrong is None:
@@ -190,7 +193,7 @@ def discriminator_loss(l_real, l_wrong, l_fake):
 
 
 def generator_loss(l_fake):
-    """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32."""
+    """Minus L_G of [A] Algorithm 1. Logits (B,) -> scalar, float32, the mean over the batch."""
     # Alg. 1, line 12:  L_G = log(s_f)
     # Eq. 1 asks for min log(1 - s_f). Its derivative with respect to the logit is -s_f: almost 0
     # where D is sure (s_f near 0), and G would not learn. That of log(s_f) is 1 - s_f, almost 1.
@@ -202,7 +205,7 @@ def generator_loss(l_fake):
 def interpolate(h1, h2, beta=0.5):
     """The text in [A] eq. 5: the embedding of a sentence that nobody wrote, between two that exist.
 
-    h1, h2 (N, 1024) -> (N, 1024).
+    h1, h2 (N, 1024) -> (N, 1024). beta is the weight of h1.
     """
     # Eq. 5:  beta * phi(t1) + (1 - beta) * phi(t2).  Section 4.3: a fixed 0.5 works well.
     return beta * h1 + (1 - beta) * h2
@@ -230,16 +233,19 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     other classes. The two switches give the paper's four models: GAN (neither), GAN-CLS (cls),
     GAN-INT (int_), GAN-INT-CLS (both). amp: an autocast context; scaler: a GradScaler, for fp16.
 
+    G generates all fake images of the step at once: B for the captions, and behind them with int_
+    B/2 for the blends of eq. 5, of captions i and B/2 + i. G's loss is the sum of a mean over the
+    captions and one over the blends.
+
     Not in the paper, and off: view(images) is what D is shown of them, real or fake; blends_to_D
     shows D the fake images of the blends too, else G can fool it with one image for many of them;
     extra_G_loss(z, texts, x_fake) is a scalar that is added to G's loss.
-    Returns a dict of scalars on the device: loss_D, loss_G and the mean outputs of D.
+    Returns a dict of scalars on the device: "loss_D", "loss_G" (without the extra) and the mean
+    outputs of D, "D(real)", "D(fake)" and with cls "D(wrong)".
     """
     B = len(x)
     scaler = scaler or torch.amp.GradScaler(x.device.type, enabled=False)
 
-    # G generates all fake images of the step at once: B for the captions, and B/2 for the blends
-    # of eq. 5, each of two captions of the batch.
     texts = h                                               # (B, 1024)
     if int_:
         half = B // 2
