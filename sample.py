@@ -34,7 +34,7 @@ from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate
 TRUNCATION = 0.8             # what z is multiplied with to draw; to measure 1, the z of training
 BATCH = 256                  # images that go through a network at once
 SCORER_SEEDS = (1, 2, 3)     # the measures by `get_scorers` are means over three trained networks
-SETTINGS = ("dataset", "variant", "recipe", "steps", "batch_size", "ngf", "seed")
+SETTINGS = ("dataset", "variant", "recipe", "steps", "batch_size", "ngf", "seed")    # shown of runs
 LEGEND = """
 Sentences matched: the share of images for which a scorer ranks their sentence's class first.
 Pixel diversity: how much the images of one sentence differ; 1 is as real images of one class do.
@@ -61,7 +61,7 @@ class Model:
         self.device = device
         with data.checkpoint_errors(path):
             self.settings = dict(checkpoint["settings"])
-            self.dataset = str(self.settings["dataset"])
+            self.dataset = self.settings["dataset"]
             ngf = self.settings["ngf"]
             G = data.load_network(lambda: Generator(ngf), checkpoint["average"])
             self.G = G.to(device).eval()
@@ -121,8 +121,7 @@ def noise(n, seed, truncation=1.0):
     truncation trick of BigGAN (Brock et al., ICLR 2019), which draws large values again where we
     scale all.
     """
-    # torch.randn makes numbers by sixteens, and the last ones of a tensor in another way: so one
-    # row more is drawn, and left out.
+    # torch.randn makes sixteen numbers at once, and the last ones in another way: hence a row more.
     z = torch.randn(n + 1, Z_DIM, generator=torch.Generator().manual_seed(seed))
     return truncation * z[:n]
 
@@ -133,10 +132,8 @@ def grid_of_texts(model, h, z):
 
 
 def grid_between_texts(model, h_from, h_to, z, steps):
-    """[A] figure 8 left: a row keeps its noise, the text moves.
-
-    h_from, h_to (1024,), z (rows, 100); steps: numbers from 0 (h_from) to 1 (h_to).
-    """
+    """[A] figure 8 left: a row keeps its noise, the text moves. h_from, h_to (1024,),
+    z (rows, 100); steps: numbers from 0 (h_from) to 1 (h_to)."""
     h = torch.stack([interpolate(h_from, h_to, 1 - t) for t in steps])    # (n, 1024)
     return [model.generate(one.expand(len(h), -1), h) for one in z]
 
@@ -148,10 +145,8 @@ def grid_between_noises(model, h, z_from, z_to, steps):
 
 
 def grid_of_styles(model, h, paths):
-    """[A] section 4.4, figure 6: the style of an image, the content of a text.
-
-    h (T, 1024), paths of n images -> the n images as S sees them, then T rows of n images.
-    """
+    """[A] section 4.4, figure 6: the style of an image, the content of a text. h (T, 1024), paths
+    of n images -> the n images as S sees them, then T rows of n images."""
     images = []
     for path in paths:
         try:
@@ -159,7 +154,7 @@ def grid_of_styles(model, h, paths):
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from None
     x = centre_crops(torch.tensor(np.stack(images)), torch.arange(len(images)))  # (n, 3, 64, 64)
-    s = model.styles(x)                                       # s <- S(x), (n, 100)
+    s = torch.cat([model.styles(image) for image in x.split(1)])                # s <- S(x)
     return [x, *grid_of_texts(model, h, s)]                   # x_hat <- G(s, phi(t))
 
 
@@ -252,8 +247,7 @@ def style_pairs(group, folds=5, most=2500, seed=0):
 
     group (N,): the group of each image, -1 for none. The images are divided into folds; each gives
     all its pairs of the first kind (`most` of them, if there are more) and as many of the second.
-    Returns a list of (i, j, same), one a fold; no pair is in it twice. A fold without a pair of
-    the first kind is left out.
+    Returns a list of (i, j, same), one a fold that has such pairs; no pair is in it twice.
     """
     rng = np.random.default_rng(seed)
     group = group.numpy()
@@ -264,8 +258,8 @@ def style_pairs(group, folds=5, most=2500, seed=0):
         same = group[i] == group[j]
         count = min(same.sum(), (~same).sum(), most)
         if count > 0:
-            drawn = [rng.permutation(np.flatnonzero(kind))[:count] for kind in (same, ~same)]
-            keep = np.concatenate(drawn)
+            keep = np.concatenate([
+                rng.permutation(np.flatnonzero(kind))[:count] for kind in (same, ~same)])
             out.append([torch.from_numpy(values[keep]) for values in (i, j, same)])
     return out
 
@@ -288,7 +282,7 @@ def auc(scores, same):
 def verify_style(emb, pairs):
     """Style verification, [A] section 5.2: the AUC, mean over the folds, when the score of a
     pair is the cosine of its two rows of emb (N, d). 0 to 1; 0.5 is chance, 1 is perfect."""
-    return float(np.mean([auc(F.cosine_similarity(emb[i], emb[j]), same) for i, j, same in pairs]))
+    return np.mean([auc(F.cosine_similarity(emb[i], emb[j]), same) for i, j, same in pairs])
 
 
 # ---- What is measured, and by what -----------------------------------------------------------
@@ -343,8 +337,8 @@ def get_scorers(ds, device):
     """Three text encoders with their image sides, which say how well images fit sentences.
 
     Each is trained on the training classes, with a seed of its own, and kept in runs/. No G was
-    trained with one of them. What one says depends much on its seed: a measure is their mean.
-    Returns a list of (image encoder, encoder.UnseenClasses).
+    trained with one. What one says depends much on its seed: a measure is their mean. Returns a
+    list of (image encoder, encoder.UnseenClasses).
     """
     precision = data.pick_precision(device)
     scorers = []
@@ -363,14 +357,13 @@ def sentences_matched(scorers, x):
     """0 to 1: x (n, 3, 64, 64), an image for a caption of each unseen image, or these images.
 
     An image matches where the class of its sentence is the first by eq. 3: [B]'s zero-shot
-    classification, of generated images. So it is measured whether an image fits its class, not
-    each word of its sentence.
+    classification, of generated images. It tells whether an image fits its class, not each word.
     """
     shares = []
     for v, (_, labels, classes, means) in scorers:
         emb = encoder.image_embeddings(v, x).cpu()
         shares.append(encoder.top_k_accuracy(1, emb, labels, classes, means))
-    return float(np.mean(shares))
+    return np.mean(shares)
 
 
 def mean_frechet_distance(scorers, x, y):
@@ -380,12 +373,11 @@ def mean_frechet_distance(scorers, x, y):
     for v, _ in scorers:
         features = [feature_map(v, images).mean((2, 3)).double() for images in (x, y)]
         distances.append(frechet_distance(*features))
-    return float(np.mean(distances))
+    return np.mean(distances)
 
 
 def frechet_distance(a, b):
-    """Frechet distance of the two Gaussians fitted to features a (N, d) and b (M, d), both
-    in 64 bits, >= 0.
+    """Frechet distance of the two Gaussians fitted to features a (N, d) and b (M, d), float64.
 
         |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2))
 
@@ -447,11 +439,9 @@ def direction_kept(test, y):
 # ---- Measuring a run, and real images to compare it with -------------------------------------
 
 def measure_run(model, test, h, fake, truncation):
-    """The results of a run on the unseen classes -> {name: number}.
-
-    h (n, 1024): phi of the test set's texts; fake (n, 3, 64, 64): an image for each. Where the
-    data set has no keypoints, those of style are left out.
-    """
+    """The results of a run on the unseen classes -> {name: number}. Those of style are left out
+    where the data set has no keypoints. h (n, 1024): phi of the test set's texts; fake
+    (n, 3, 64, 64): an image for each."""
     results = {"sentences matched": sentences_matched(test.scorers, fake)}
 
     # 16 images of one text of each class, beside the real images of the class. The same of blends:
@@ -473,10 +463,8 @@ def measure_run(model, test, h, fake, truncation):
 
 
 def measure_references(test, captions):
-    """What else reaches these results -> {measure: {name of the reference: number}}.
-
-    captions (n, 1024): phi of the test set's texts, of which no style can be read.
-    """
+    """What others reach -> {measure: {name of the reference: number}}. captions (n, 1024): phi of
+    the test set's texts, from which no style can be read."""
     matched = {"real images": sentences_matched(test.scorers, test.x),
                "chance": 1 / len(test.labels.unique())}
     if test.ds.name == "toy":       # a sentence leaves out some of what distinguishes a species
@@ -548,17 +536,16 @@ def roc_panels(embeddings, pairs):
     panels = []
     for kind, folds in pairs.items():
         i, j, same = [torch.cat(parts) for parts in zip(*folds)]
-        curves = {}
-        for name, emb in embeddings.items():
-            curves[f"{name}, {kind}"] = roc(F.cosine_similarity(emb[i], emb[j]), same)
-        panels.append(curves)
+        panels.append({
+            f"{name}, {kind}": roc(F.cosine_similarity(emb[i], emb[j]), same)
+            for name, emb in embeddings.items()})
     return panels
 
 
 def measure_runs(args):
     # 1. Load, and check.
     models = load_models(args.measure, args.device)
-    first = next(iter(models.values()))
+    first, *_ = models.values()
     ds = data.load(args.dataset or first.dataset, args.source)
     for name, model in models.items():
         if model.settings.get("digest", model.dataset) not in (ds.digest(), ds.name):
@@ -619,8 +606,7 @@ def parse_args(argv):
     add("--n", type=data.int_between(1, 64), default=8, help="images for a text (default: 8)")
     add("--seed", type=data.int_between(0, 2 ** 31), default=0, help="of the noises (default: 0)")
     add("--truncation", type=float,
-        help=f"z is multiplied by it: less variety, fewer go wrong (default: {TRUNCATION}; "
-             "with --measure 1)")
+        help=f"multiplies z: less variety, fewer go wrong (default: {TRUNCATION}, to measure 1)")
     add("--out", type=Path, help="what to write (default: sample.png); with --measure a folder")
     add("--device", type=data.pick_device, default="auto", help="auto (default), cpu, cuda, cuda:1")
     add("--interpolate", action="store_true", help="move between two texts: a row a noise")
