@@ -42,6 +42,7 @@ Frechet distance: from the real images, 0 where they are the same. It is taken o
 scorers, so it is not the FID of papers: compare it only within this table.
 Style transfer: the share of images that keep what S read from another image.
 Style verification: the area under the ROC curve; 1 is perfect, 0.5 is chance.
+Of runs that differ in their seed: the mean +- the standard deviation.
 """
 
 
