@@ -3886,7 +3886,8 @@ def test_a_noise_depends_on_the_seed_and_its_place_alone(here):
 
 def test_generated_images_have_256_levels_and_come_in_parts(here, monkeypatch):
     model = sample.Model(run_by_hand(here / "run.pt"))
-    model.G = lambda z, h: (z + h[:, :100]).tanh()[:, :3, None, None].expand(-1, -1, 64, 64)
+    monkeypatch.setattr(model, "G", lambda z, h: (
+        (z + h[:, :100]).tanh()[:, :3, None, None].expand(-1, -1, 64, 64)))
     h = torch.randn(10, 1024)
     z = torch.randn(10, 100, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(sample, "BATCH", 4)
@@ -4085,7 +4086,7 @@ def test_pixel_deviation_is_a_mean_over_groups():
     assert float(sample.pixel_deviation(groups)) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_frechet_distance_by_the_eigenvalues_of_a_product():
+def test_frechet_distance_by_the_eigenvalues_of_a_product(monkeypatch):
     g = torch.Generator().manual_seed(0)
     a = torch.randn(50, 4, generator=g).double()
     b = a.flip(0) @ torch.randn(4, 4, generator=g).double()
@@ -4097,7 +4098,7 @@ def test_frechet_distance_by_the_eigenvalues_of_a_product():
 
     # Of images: the mean over the scorers, here of features and of three times these.
     wide = Tower()
-    wide.features = lambda x: 3 * Tower().features(x)
+    monkeypatch.setattr(wide, "features", lambda x: 3 * Tower().features(x))
     x = torch.rand(9, 3, 8, 8, generator=g)
     distance = sample.mean_frechet_distance([(Tower(), None), (wide, None)], x, x + 2)
     assert distance == pytest.approx((12 + 9 * 12) / 2, rel=1e-4)
