@@ -264,6 +264,8 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
         x_shown = view(x_fake[:shown].detach())
         l_fake = D(x_shown, texts[:shown])                  # line 9:  {fake image, right text}
     loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10
+    # [A] prints D <- D - alpha dL_D/dD, and line 13 likewise: down what should go up. Our losses
+    # are minus L_D and minus L_G, so that down is right for them.
     update(opt_D, loss_D, scaler)                           # line 11
 
     # (2) Update G: maximise  L_G = log(s_f), and for eq. 5  log D(G(z, blend), blend)
@@ -291,7 +293,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
 class StyleEncoder(nn.Module):
     """S(x): which z would have made this image? (B, 3, 64, 64) -> (B, 100). [A] section 4.4.
 
-    The paper leaves the layers of S open: ours are D's tower and one linear layer.
+    [A]: convolutional, its layers not stated. Ours are D's tower and one linear layer.
     """
 
     def __init__(self, nsf=32):
