@@ -108,8 +108,7 @@ class CharCNNRNN(nn.Module):
 
 @torch.no_grad()
 def embed(phi, texts, precision="fp32", batch=128):
-    """phi of N texts -> (N, 1024) float32 on phi's device. Equal texts are computed once, and short
-    ones together, which is quicker."""
+    """phi of N texts -> (N, 1024) float32 on phi's device. Equal ones once, short ones together."""
     device = next(phi.parameters()).device
     short_first = sorted(dict.fromkeys(texts), key=len)
     with autocast(device, precision):
@@ -358,8 +357,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512,
 def whitening_matrix(h, floor=0.005):
     """h (n, 1024) -> M (1024, 1024), symmetric, float64. h M has about the same variance in every
     direction, and mean square 1/4. Directions whose variance is below `floor` of the largest stay
-    small: there is little but noise in them.
-    """
+    small: there is little but noise in them."""
     # covariance of h  =  U diag(values) U^T
     values, U = torch.linalg.eigh(torch.cov(h.T))
     # M  =  U diag(1 / sqrt(values + floor * largest)) U^T
@@ -515,9 +513,8 @@ def check_captions(texts, log=print):
         raise UserError(f"none of the {len(texts):,} training captions has a letter that the text "
                         f"encoder knows (the first: {texts[0][:40]!r}): write them in a to z")
     if (tokens == tokens[0]).all():
-        raise UserError(
-            f"all {len(texts):,} training captions are the same to the text encoder, which reads "
-            f"{MAX_LETTERS} letters ({texts[0][:40]!r}): let them say how the images differ")
+        raise UserError(f"all {len(texts):,} training captions are the same to the text encoder, "
+                        f"which reads {MAX_LETTERS} letters: {texts[0][:40]!r}")
     if read < letters or long:
         log(f"text encoder: reads {read / letters:.1%} of the captions' letters (a to z); "
             f"{long:,} of {len(texts):,} captions are cut at {MAX_LETTERS} letters")
@@ -548,12 +545,11 @@ def load_encoder(path, ds, image_side=None):
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
         if settings.get("digest") != ds.digest():
-            raise UserError(
-                f"{path} was trained on {settings['dataset']}, with other captions, classes or "
-                f"split than {ds.name} has now: remove it, and run this again")
+            raise UserError(f"{path} was trained on {settings['dataset']}, with other captions, "
+                            f"classes or split than {ds.name} has now: remove it, and try again")
         if image_side not in (None, settings["image_side"]):
             raise UserError(f"{path} was trained with image side {settings['image_side']}, not "
-                            f"{image_side}: remove it, and run this again")
+                            f"{image_side}: remove it, and try again")
     return checkpoint
 
 
@@ -563,8 +559,7 @@ def get_encoder(ds, device="cpu", precision="fp32", image_side=None, image_featu
     project gives away, or a new one, which is kept in `path` (default: `encoder_path`).
 
     image_side: None takes any; "conv", or a file image_features, asks for one trained that way.
-    anneal: see train_encoder. Raises UserError where `path` holds another one.
-    """
+    anneal: see train_encoder. Raises UserError where `path` holds another one."""
     check_captions(captions_of(ds, ds.training_images()), log)
     path = Path(path or encoder_path(ds))
     if image_features:
