@@ -11,9 +11,8 @@ its embedding another letter phi than for the text's; we write x and v(x).)
     python encoder.py --dataset cub --image-features cub.npy    # image side: given features
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 
-To put another text encoder in phi's place, change these functions, empty SHIPPED, and remove
-runs/*-encoder.pt, runs/*/encoder.pt and runs/*-scorer-*.pt, which hold the old one, and, whenever
-`embed` changes, cache/*-captions-*.npy, which hold what it gave:
+To put another text encoder in phi's place, change these functions, empty SHIPPED, and remove the
+old ones from runs/ (*-encoder.pt, */encoder.pt, *-scorer-*.pt):
 
     embed(phi, texts)   list of str -> (len(texts), 1024) float32, equal rows for equal texts. G's
                         noise z is N(0, 1), so h should be of that order too, with its variance in
@@ -22,16 +21,15 @@ runs/*-encoder.pt, runs/*/encoder.pt and runs/*-scorer-*.pt, which hold the old 
                         nn.Module; v may be None, then --evaluate and sample.py --measure do
                         not work. --measure also calls v.features, see ImageEncoder.
     train_encoder(ds, ...)      (arguments as now) such a dict: kind="encoder", phi, v, and settings
-                        with dataset, digest, image_side, size, and whatever build needs.
+                        with dataset, digest, image_side, and whatever build needs.
     check_text, check_captions  raise UserError for texts that it cannot read.
 """
 
 import argparse
 import copy
-import glob
 import hashlib
-import json
 import math
+import re
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -43,8 +41,8 @@ from torch import nn
 
 import data
 from data import (
-    UserError, autocast, caption_starts, centre_crops, grad_scaler, image_tensor, load_checkpoint,
-    load_network, random_captions, random_crops, save_checkpoint)
+    Batches, UserError, autocast, centre_crops, image_tensor, load_checkpoint, load_network,
+    random_below, random_captions, random_crops, save_checkpoint)
 from gan_cls import MAP, TEXT_DIM, ImageTower, init_weights, update_ema
 
 # ---- The alphabet ----------------------------------------------------------------------------
@@ -96,24 +94,28 @@ class CharCNNRNN(nn.Module):
             nn.init.uniform_(p, -0.08, 0.08)                                # the authors' code
 
     def forward(self, tokens):
+        # To save time: a time step t of the convolutions sees letters 9t to 9t + 47, so all steps
+        # behind the longest caption are alike. One of them is computed, and repeated.
+        last = max(tokens.any(0).nonzero().flatten().tolist(), default=0)
+        steps = min(18, last // 9 + 2)
         # One-hot without the column of "no letter": an unknown letter is all zeros.
-        x = F.one_hot(tokens.long(), len(ALPHABET) + 1)[:, :, 1:].float()   # (N, 201, 70)
-        x = self.cnn(x.transpose(1, 2))                                     # (N, cnn_dim, 18)
+        x = F.one_hot(tokens[:, :9 * steps + 39].long(), len(ALPHABET) + 1)[:, :, 1:]
+        x = self.cnn(x.transpose(1, 2).float())                     # (N, cnn_dim, steps)
+        x = F.pad(x, (0, 18 - steps), mode="replicate")             # (N, cnn_dim, 18)
         x, _ = self.rnn(x.transpose(1, 2))          # (N, 18, cnn_dim), a state for each time step
         return self.out(x.mean(1))                                          # (N, 1024)
 
 
 @torch.no_grad()
-def embed(phi, texts, precision="fp32", batch=512):
-    """phi of N texts -> (N, 1024) float32 on phi's device. Equal texts are computed once."""
+def embed(phi, texts, precision="fp32", batch=128):
+    """phi of N texts -> (N, 1024) float32 on phi's device. Equal ones once, short ones together."""
     device = next(phi.parameters()).device
-    unique = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    tokens = encode_text(list(unique))
-    h = torch.empty(len(unique), TEXT_DIM, device=device)
+    short_first = sorted(dict.fromkeys(texts), key=len)
     with autocast(device, precision):
-        for i in range(0, len(unique), batch):
-            h[i:i + batch] = phi(tokens[i:i + batch].to(device))
-    return h[torch.tensor([unique[text] for text in texts], device=device)]
+        parts = encode_text(short_first).split(batch)
+        h = torch.cat([phi(part.to(device)).float() for part in parts])
+    rows = {text: row for row, text in enumerate(short_first)}
+    return h[[rows[text] for text in texts]]
 
 
 # ---- Eq. 2: the loss of the joint embedding --------------------------------------------------
@@ -142,8 +144,8 @@ def joint_embedding_loss(image_emb, text_emb):
 def rank_classes(emb, means):
     """Embeddings (N, 1024) and the classes' means (C, 1024) -> (N, C) classes, the best first.
 
-    [A] eq. 3 takes images' embeddings and the mean caption of each class; it is what we measure.
-    Eq. 4 is the same with captions' embeddings and the mean image of each class.
+    [A] eq. 3 takes images' embeddings and the mean caption of each class. Eq. 4 is the same with
+    captions' embeddings and the mean image of each class. `evaluate` measures both.
     """
     # Eq. 3:  f_v(x) = argmax_y  E_{t ~ T(y)} [ v(x) . phi(t) ]  =  argmax_y  v(x) . mean phi of y
     # Eq. 4:  f_t(t) = argmax_y  E_{x ~ V(y)} [ v(x) . phi(t) ]
@@ -151,9 +153,9 @@ def rank_classes(emb, means):
 
 
 def top_k_accuracy(k, emb, labels, classes, means):
-    """How often the right class is among the k best of eq. 3: a share, 0 to 1.
+    """How often the right class is among the k best of eq. 3 or 4: a share, 0 to 1.
 
-    emb (N, 1024) of images whose classes are labels (N,); means (C, 1024) of `classes` (C,).
+    emb (N, 1024) of items whose classes are labels (N,); means (C, 1024) of `classes` (C,).
     """
     best = classes[rank_classes(emb, means)[:, :k]]             # (N, k)
     return (best == labels[:, None]).any(1).float().mean().item()
@@ -202,15 +204,14 @@ class ImageEncoder(nn.Module):
 
 
 def open_features(path):
-    """A .npy file of features, a row for each image -> an array that stays on the disk. Raises
-    UserError."""
+    """A .npy file, a row for each image -> an array that stays on the disk. Raises UserError."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:          # NumPy raises all sorts of things on a damaged header
         raise UserError(f"cannot read features from {path}: {error}") from None
 
 
-def frozen_features(ds, path, device="cpu"):
+def frozen_features(ds, path):
     """Given features of all images -> (N, 1024) float32. path: a .npy file, a row for each image of
     the source, in the source's order. Raises UserError.
 
@@ -232,7 +233,7 @@ def frozen_features(ds, path, device="cpu"):
     features = (features - mean) / (train - mean).norm(dim=1).mean()
     if not features.isfinite().all():
         raise UserError(f"{path} holds numbers that are not finite, or rows that are all the same")
-    return features.to(device)
+    return features
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -246,9 +247,9 @@ RATE = 7e-4         # RMSprop's learning rate
 ALPHA = 0.95        # RMSprop's memory of squared gradients: some 20 steps
 CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then very large
 
-# Only with `anneal`, see train_encoder. phi then classifies better. But with the small network G
-# then seemed to do worse: 47 % of the toy birds' images matched their sentence, without it 51 %
-# (one seed: weights/README.md, "Toy birds"). Perhaps phi learns the training classes too closely.
+# Only with `anneal`, see train_encoder. phi then classifies better, but with the small network G
+# seemed to do worse: 47 % of the toy birds' images matched their sentence, without it 51 % (one
+# seed). Perhaps phi learns the training classes too closely.
 HOLD = 0.5          # share of the steps with RATE; then it falls in a straight line
 LAST_RATE = 0.05    # the last rate, as a share of RATE
 EMA = 0.999         # phi and v are the moving average of their weights
@@ -258,93 +259,64 @@ DROP = 0.3          # dropout of an image's given features: less is memorised, s
 MIX = 0.7           # a second image of the class is blended in, with a random weight from 0 to this
 
 
-def learning_rate(step, steps, hold=HOLD):
+def learning_rate(step, steps):
     """RMSprop's rate at step 1, 2, ... `steps`: RATE, then a straight line to RATE * LAST_RATE."""
-    if step <= hold * steps:
-        return RATE
-    left = (steps - step) / (steps - hold * steps)              # from 1 to 0
+    left = min(1, (steps - step) / (steps - HOLD * steps))      # 1, then down to 0
     return RATE * (LAST_RATE + (1 - LAST_RATE) * left)
 
 
-class Minibatches:
-    """What the hinge for eq. 2 asks for: right pairs (image, caption), no two of one class.
+def draw_images(batches, classes):
+    """A random image of each of these classes (n,) -> (n,)."""
+    place = random_below(batches.class_size[classes], classes)
+    return batches.training_images[batches.class_start[classes] + place]
 
-    features: (N, 1024) of the given image side, or None for the images themselves.
+
+def draw_pairs(batches, n, features=None):
+    """What the hinge for eq. 2 asks for: n right pairs (image, caption), no two of one class.
+
+    batches: with letters (captions, 201) as caption_table. features: (N, 1024) of the given image
+    side. -> n images (n, 3, 64, 64) or features (n, 1024), and the letters of n captions (n, 201).
     """
-
-    def __init__(self, ds, features, device):
-        labels = torch.tensor(ds.labels[ds.training_images()])
-        by_class = labels.argsort(stable=True)
-        self.images = torch.tensor(ds.training_images())[by_class]          # class by class
-        sizes = labels.unique(return_counts=True)[1]
-        self.class_starts = F.pad(sizes.cumsum(0), (1, 0))      # where each class begins in images
-        self.classes = len(sizes)
-
-        self.tokens = encode_text(captions_of(ds, range(len(ds.captions))))
-        self.caption_starts = caption_starts(ds)
-        self.features = features
-        self.pixels = image_tensor(ds, device) if features is None else None
-        self.device = device
-
-    def draw_images(self, classes):
-        """A random image of each of these classes."""
-        start = self.class_starts[classes]
-        size = self.class_starts[classes + 1] - start
-        return self.images[start + (torch.rand(len(classes)) * size).long()]
-
-    def draw(self, n):
-        """-> n images (n, 3, 64, 64) or features (n, 1024), and a caption of each, (n, 201)."""
-        classes = torch.randperm(self.classes)[:n]
-        images = self.draw_images(classes)
-        captions = random_captions(self.caption_starts, images)[0]      # one of each: (n,)
-        tokens = self.tokens[captions]
-        if self.features is None:
-            x = random_crops(self.pixels, images.to(self.device))
-        else:
-            x = self.features[images.to(self.device)]
-            second = self.features[self.draw_images(classes).to(self.device)]
-            weight = MIX * torch.rand(n, 1, device=self.device)
-            x = F.dropout(torch.lerp(x, second, weight), DROP)
-        return x, tokens.to(self.device)
+    classes = torch.randperm(len(batches.class_size), device=batches.class_size.device)[:n]
+    images = draw_images(batches, classes)
+    tokens = batches.caption_table[random_captions(batches.caption_starts, images)[0]]
+    if features is None:
+        return random_crops(batches.images, images), tokens
+    second = features[draw_images(batches, classes)]
+    weight = MIX * torch.rand_like(second[:, :1])               # one for each image
+    return F.dropout(torch.lerp(features[images], second, weight), DROP), tokens
 
 
-def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, image_side="conv",
-                  image_features=None, seed=0, classes=CLASSES, anneal=None, log=print):
+def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512,
+                  image_features=None, seed=0, anneal=False, log=print):
     """Train phi and v on the training classes of a data set -> a checkpoint.
 
-    image_side: "conv", or "features", which are read from the file image_features. anneal: let the
-    rate fall and average the weights; None: with given features only.
+    image_features: a file of given features; None: the image side is the small network. anneal: let
+    the rate fall and average the weights, as is always done with given features. Raises UserError.
     """
+    if precision == "fp16":
+        precision = "fp32"      # in fp16 the gradients would have to be scaled
     torch.manual_seed(seed)
-    frozen = image_side == "features"
-    features = frozen_features(ds, image_features, device) if frozen else None
+    image_side = "features" if image_features else "conv"
+    features = frozen_features(ds, image_features).to(device) if image_features else None
     texts = captions_of(ds, ds.training_images())
-    check_captions(texts)
-    minibatches = Minibatches(ds, features, device)
-    n = min(classes, minibatches.classes)
-    if n < 2:
-        raise UserError("the text encoder needs images of at least two training classes")
+    letters = encode_text(captions_of(ds, range(len(ds.captions))))
+    batches = Batches(ds, letters, device)
 
-    layout = dict(device=device, memory_format=torch.channels_last)     # quicker for convolutions
-    phi = CharCNNRNN(cnn_dim).to(**layout)
-    v = ImageEncoder(image_side).to(**layout)
-    nets = nn.ModuleList([phi, v])
-    ema = copy.deepcopy(nets).to(**layout).eval()
-    parameters = [p for p in nets.parameters() if p.requires_grad]
-    optimiser = torch.optim.RMSprop(parameters, lr=RATE, alpha=ALPHA)
-    scaler = grad_scaler(device, precision)
-    if anneal is None:
-        anneal = frozen
-    hold = HOLD if anneal else 1.0
-    ema_decay = EMA if anneal else 0.0
+    nets = nn.ModuleList([CharCNNRNN(cnn_dim), ImageEncoder(image_side)])
+    nets.to(device, memory_format=torch.channels_last)          # quicker for convolutions
+    phi, v = nets
+    ema = copy.deepcopy(nets).eval()
+    optimiser = torch.optim.RMSprop(nets.parameters(), lr=RATE, alpha=ALPHA)
+    anneal = anneal or image_side == "features"
 
+    log(f"text encoder: {steps:,} steps; nothing is kept if they are stopped before the last")
     start = time.time()
-    total_loss = 0.0
-    logged = 0
+    losses = []
     for step in range(1, steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, hold)
-        x, tokens = minibatches.draw(n)
+        if anneal:
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps)
+        x, tokens = draw_pairs(batches, CLASSES, features)
         with autocast(device, precision):
             image_emb = v(x)                                    # (n, 1024)
             text_emb = phi(tokens)                              # (n, 1024)
@@ -352,28 +324,26 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
         loss = joint_embedding_loss(image_emb, text_emb)
 
         optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        scaler.step(optimiser)
-        scaler.update()
-        update_ema(ema, nets, min(ema_decay, step / (step + 10)))   # a short memory at first
+        loss.backward()
+        nn.utils.clip_grad_norm_(nets.parameters(), CLIP)
+        optimiser.step()
+        # A short memory at first. Without `anneal` none: the last weights are kept.
+        update_ema(ema, nets, min(EMA, step / (step + 10)) if anneal else 0.0)
 
-        total_loss += loss.detach()
+        losses.append(loss.detach())
         if step % 100 == 0 or step == steps:
-            mean_loss = float(total_loss) / (step - logged)
+            mean_loss = float(sum(losses)) / len(losses)
             if not math.isfinite(mean_loss):
                 raise UserError(f"the text encoder's loss is no longer finite at step {step}: try "
                                 "--precision fp32, or encoder.py with another --seed")
             log(f"text encoder: step {step}/{steps}  loss {mean_loss:.3f}  "
                 f"{(time.time() - start) / step * 1000:.0f} ms a step")
-            total_loss = 0.0
-            logged = step
+            losses = []
 
     phi, v = ema
     whiten(phi, v, texts[::1 + len(texts) // 20_000], precision)    # some 20,000 are enough
     settings = dict(dataset=ds.name, digest=ds.digest(), cnn_dim=cnn_dim, steps=steps, seed=seed,
-                    image_side=image_side, precision=precision, size=data.CROP)
+                    image_side=image_side, precision=precision)
     return dict(kind="encoder", settings=settings, phi=phi.state_dict(), v=v.state_dict())
 
 
@@ -387,8 +357,7 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512, 
 def whitening_matrix(h, floor=0.005):
     """h (n, 1024) -> M (1024, 1024), symmetric, float64. h M has about the same variance in every
     direction, and mean square 1/4. Directions whose variance is below `floor` of the largest stay
-    small: there is little but noise in them.
-    """
+    small: there is little but noise in them."""
     # covariance of h  =  U diag(values) U^T
     values, U = torch.linalg.eigh(torch.cov(h.T))
     # M  =  U diag(1 / sqrt(values + floor * largest)) U^T
@@ -420,8 +389,7 @@ def whiten(phi, v, texts, precision="fp32"):
 
 def build(checkpoint, device="cpu"):
     """(phi, v) of an encoder's checkpoint, ready to use. v is None where the checkpoint holds phi
-    alone. Raises UserError if it is no such checkpoint.
-    """
+    alone. Raises UserError if it is no such checkpoint."""
     with data.checkpoint_errors("this text encoder"):
         settings = checkpoint["settings"]
         phi = load_network(lambda: CharCNNRNN(settings["cnn_dim"]), checkpoint["phi"])
@@ -447,34 +415,32 @@ UnseenClasses = namedtuple("UnseenClasses", "images labels classes means")
 
 def unseen_classes(ds, phi, precision="fp32"):
     """What zero-shot measures need of a data set -> UnseenClasses. Raises UserError."""
-    images = ds.unseen_images()
+    images = torch.tensor(ds.unseen_images())
     if not len(images):
         raise UserError(f"{ds.name} has no unseen classes to measure on")
-    labels = torch.tensor(ds.labels[images])
-    counts = torch.tensor([len(ds.captions[i]) for i in images])
-    h = embed(phi, captions_of(ds, images), precision).cpu()
-
+    labels = torch.tensor(ds.labels)[images]
     classes = labels.unique()
-    caption_labels = labels.repeat_interleave(counts)
-    means = torch.stack([h[caption_labels == c].mean(0) for c in classes])
-    return UnseenClasses(torch.tensor(images), labels, classes, means)
+    means = [embed(phi, captions_of(ds, images[labels == c]), precision).mean(0) for c in classes]
+    return UnseenClasses(images, labels, classes, torch.stack(means).cpu())
 
 
-def evaluate(ds, phi, v, features=None, precision="fp32"):
-    """Zero-shot accuracy (eq. 3) and AP@50 on the unseen classes -> dict of numbers, 0 to 1.
+def evaluate(ds, phi, v, image_features=None, precision="fp32"):
+    """Zero-shot accuracy (eq. 3 and 4) and AP@50 on the unseen classes -> dict of shares, 0 to 1.
 
-    features (N, 1024): those of all images, where v takes features.
-    """
+    image_features: the file of given features, where v takes them. Eq. 4 classifies the first
+    caption of each image. Raises UserError."""
     device = next(phi.parameters()).device
     images, labels, classes, means = unseen_classes(ds, phi, precision)
-    if features is None:
-        x = centre_crops(image_tensor(ds, device), images.to(device))
+    if v.tower is None:
+        x = frozen_features(ds, image_features)[images].to(device)
     else:
-        x = features[images.to(device)]
+        x = centre_crops(image_tensor(ds, device), images.to(device))
     emb = image_embeddings(v, x, precision).cpu()
+    mean_images = torch.stack([emb[labels == c].mean(0) for c in classes])
+    h = embed(phi, [ds.captions[i][0] for i in images], precision).cpu()
     return {
-        "zero-shot top-1": top_k_accuracy(1, emb, labels, classes, means),
-        "zero-shot top-5": top_k_accuracy(5, emb, labels, classes, means),
+        "images, top-1 (eq. 3)": top_k_accuracy(1, emb, labels, classes, means),
+        "captions, top-1 (eq. 4)": top_k_accuracy(1, h, labels, classes, mean_images),
         "AP@50": average_precision_at_50(emb, labels, classes, means),
         "chance": 1 / len(classes)}
 
@@ -494,14 +460,15 @@ def caption_table(ds, phi, precision="fp32", log=print):
     [A] Algorithm 1, line 3 and line 4, for all steps at once: phi is fixed.
 
     CUB's 118,000 captions take minutes. So the table is kept in the cache, under a name that
-    changes with the captions, phi's weights and the precision, and read from there next time.
+    changes with the captions, phi's weights and code, and the precision.
     """
     device = next(phi.parameters()).device
-    digest = hashlib.sha256(f"{ds.digest()} {precision} {device.type}".encode())
+    code = Path(__file__).read_text(encoding="utf-8").split("\n# ---- Eq. 2")[0]  # to `embed`
+    digest = hashlib.sha256(f"{ds.digest()} {precision} {device.type} {code}".encode())
     for weights in phi.state_dict().values():
-        digest.update(weights.contiguous().cpu().numpy())
-    begin = f"{data.short_name(ds.name)}-captions-"
-    path = data.CACHE / f"{begin}{digest.hexdigest()[:16]}.npy"
+        digest.update(weights.cpu().numpy())
+    name = f"{data.short_name(ds.name)}-captions"
+    path = data.CACHE / f"{name}-{digest.hexdigest()[:16]}.npy"
 
     try:
         return torch.from_numpy(np.load(path)).to(device)
@@ -510,27 +477,25 @@ def caption_table(ds, phi, precision="fp32", log=print):
     texts = captions_of(ds, range(len(ds.captions)))
     log(f"text encoder: phi of {len(texts):,} captions, once; then kept in {path}")
     table = embed(phi, texts, precision).half()
+    for older in data.CACHE.glob(f"{name}-*.npy"):              # of other weights or captions
+        older.unlink(missing_ok=True)
     data.write_atomically(path, lambda file: np.save(file, table.cpu().numpy()))
-    for older in data.CACHE.glob(glob.escape(begin) + 16 * "[0-9a-f]" + ".npy"):
-        if older != path:                                       # of other weights or captions
-            older.unlink(missing_ok=True)
     return table
 
 
 def check_text(text, log=print):
     """Before an image is generated from a text: does phi read what the user wrote?
 
-    Raises UserError where it reads nothing; says in a line where it reads only a part.
+    Raises UserError where it reads no word; says in a line where it reads only a part.
     """
     shown = repr(text if len(text) <= 40 else text[:40] + "...")
     letters = "".join(text[:MAX_LETTERS].lower().split())       # without spaces and line ends
     if not letters:
         raise UserError("empty text: expected a sentence, such as \"an all black bird\"")
-
+    if not re.search("[a-z]", letters):
+        raise UserError(f"the text encoder knows no letter of {shown}: expected words in a to z, "
+                        "such as \"an all black bird\"")
     unknown = [letter for letter in letters if letter not in ROW]
-    if len(unknown) == len(letters):
-        raise UserError(f"the text encoder knows no letter of {shown}: expected a to z, digits and "
-                        "punctuation, such as \"an all black bird\"")
     if unknown:
         some = " ".join(dict.fromkeys(unknown[:20]))
         log(f"of {shown} only a part is read; not in the text encoder's alphabet: {some}")
@@ -538,24 +503,28 @@ def check_text(text, log=print):
         log(f"of {shown} only the first {MAX_LETTERS} letters of {len(text):,} are read")
 
 
-def check_captions(texts):
+def check_captions(texts, log=print):
     """The same for the captions to train on. Raises UserError where there is nothing to learn."""
     tokens = encode_text(texts)
-    if not ((tokens > 0) & (tokens != ROW[" "])).any():
-        raise UserError(
-            f"none of the {len(texts):,} training captions has a letter that the text encoder "
-            f"knows (the first: {texts[0][:40]!r}): write them with a to z, digits and punctuation")
+    read = int(((tokens > 0) & (tokens <= 26)).sum())           # a to z: the rows 1 to 26
+    letters = sum(map(str.isalpha, "".join(text[:MAX_LETTERS] for text in texts)))
+    long = sum(len(text) > MAX_LETTERS for text in texts)
+    if not read:
+        raise UserError(f"none of the {len(texts):,} training captions has a letter that the text "
+                        f"encoder knows (the first: {texts[0][:40]!r}): write them in a to z")
     if (tokens == tokens[0]).all():
-        raise UserError(
-            f"all {len(texts):,} training captions are the same to the text encoder, which reads "
-            f"{MAX_LETTERS} letters ({texts[0][:40]!r}): let them say how the images differ")
+        raise UserError(f"all {len(texts):,} training captions are the same to the text encoder, "
+                        f"which reads {MAX_LETTERS} letters: {texts[0][:40]!r}")
+    if read < letters or long:
+        log(f"text encoder: reads {read / letters:.1%} of the captions' letters (a to z); "
+            f"{long:,} of {len(texts):,} captions are cut at {MAX_LETTERS} letters")
 
 
 # ---- Which encoder a run uses ----------------------------------------------------------------
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-SHIPPED = {     # the file in weights/ whose phi is the default
-    "cub": "cub-encoder.pt", "cub-box": "cub-encoder.pt", "flowers": "flowers.pt"}
+# The file in weights/ whose phi is the default:
+SHIPPED = {"cub": "cub.pt", "cub-box": "cub.pt", "flowers": "flowers.pt"}
 
 
 def encoder_path(ds):
@@ -564,42 +533,34 @@ def encoder_path(ds):
 
 
 def encoder_in(path):
-    """The encoder's checkpoint in a file of weights/: NAME-encoder.pt is one, others hold one."""
-    if path.stem.endswith("-encoder"):
-        return load_checkpoint(path, "encoder")
+    """The encoder's checkpoint in a file of weights/, each of which is a run. Raises UserError."""
     with data.checkpoint_errors(path):
         return load_checkpoint(path, "gan-cls")["encoder"]
 
 
-def check_encoder(checkpoint, path, ds, image_side=None):
-    """Raises UserError where the encoder in `path` was trained on other captions or another split
-    than ds has, on images of another size, or with another image side than asked for (None: any).
-    """
+def load_encoder(path, ds, image_side=None):
+    """The checkpoint in `path`. Raises UserError where it was trained on other captions or another
+    split than ds has, or with another image side than asked for (None: any)."""
+    checkpoint = load_checkpoint(path, "encoder")
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
-        trained_on = settings["dataset"]
-        trained_side = settings["image_side"]
-        digest = settings.get("digest")
-        size = settings.get("size", 64)
-    if digest != ds.digest():
-        raise UserError(f"{path} was trained on {trained_on}, with other captions, classes or "
-                        f"split than {ds.name} has now: remove it, and run this again")
-    if trained_side == "conv" and size != data.CROP:
-        raise UserError(f"{path} was trained on images of {size}x{size}, now they are {data.CROP}x"
-                        f"{data.CROP}: remove it, and run this again")
-    if image_side not in (None, trained_side):
-        raise UserError(f"{path} was trained with image side {trained_side}, not {image_side}: "
-                        "remove it, and run this again")
+        if settings.get("digest") != ds.digest():
+            raise UserError(f"{path} was trained on {settings['dataset']}, with other captions, "
+                            f"classes or split than {ds.name} has now: remove it, and try again")
+        if image_side not in (None, settings["image_side"]):
+            raise UserError(f"{path} was trained with image side {settings['image_side']}, not "
+                            f"{image_side}: remove it, and try again")
+    return checkpoint
 
 
 def get_encoder(ds, device="cpu", precision="fp32", image_side=None, image_features=None, path=None,
-                seed=0, anneal=None, log=print):
+                seed=0, anneal=False, log=print):
     """The text encoder for a data set, as a checkpoint: the one in `path`, the one that this
     project gives away, or a new one, which is kept in `path` (default: `encoder_path`).
 
     image_side: None takes any; "conv", or a file image_features, asks for one trained that way.
-    anneal: see train_encoder. Raises UserError where `path` holds another one.
-    """
+    anneal: see train_encoder. Raises UserError where `path` holds another one."""
+    check_captions(captions_of(ds, ds.training_images()), log)
     path = Path(path or encoder_path(ds))
     if image_features:
         image_side = "features"
@@ -613,13 +574,10 @@ def get_encoder(ds, device="cpu", precision="fp32", image_side=None, image_featu
         log(f"text encoder: {path}")
     else:
         log(f"text encoder: {path} is not there yet, training it")
-        checkpoint = train_encoder(
-            ds, device, steps=STEPS, precision=precision, image_side=image_side or "conv",
-            image_features=image_features, seed=seed, anneal=anneal, log=log)
-        save_checkpoint(path, **checkpoint)
-    checkpoint = load_checkpoint(path, "encoder")
-    check_encoder(checkpoint, path, ds, image_side)
-    return checkpoint
+        save_checkpoint(path, **train_encoder(
+            ds, device, STEPS, precision, image_features=image_features, seed=seed, anneal=anneal,
+            log=log))
+    return load_encoder(path, ds, image_side)
 
 
 def add_options(add):
@@ -635,23 +593,21 @@ def add_options(add):
         help="of the convolutions and products (default: what is fast on the device)")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.")
     add = parser.add_argument
     add_options(add)
     add("--steps", type=data.int_between(1, 10_000_000), default=STEPS, help=f"default: {STEPS}")
     add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
     add("--evaluate", action="store_true", help="measure the one that is there")
-    add("--weights", metavar="NAME", help="with --evaluate: measure the one in weights/NAME.pt")
-    args = parser.parse_args()
-    if args.weights and not args.evaluate:
-        parser.error("--weights names an encoder to measure: add --evaluate")
-    if args.image_encoder and args.image_features and not args.evaluate:
+    add("--weights", metavar="NAME", help="measure the one in weights/NAME.pt")
+    args = parser.parse_args(argv)
+    if args.image_encoder and args.image_features:
         parser.error("--image-encoder conv and --image-features are two image sides: name one")
 
     ds = data.load(args.dataset, args.source)
+    check_captions(captions_of(ds, ds.training_images()))
     precision = data.pick_precision(args.device, args.precision)
-    image_side = "features" if args.image_features else args.image_encoder
     path = args.out or encoder_path(ds)
     if args.weights:
         path = WEIGHTS / f"{args.weights}.pt"
@@ -660,15 +616,14 @@ def main():
             print(f"{path} was trained on other captions or another split: its figures are not "
                   "zero-shot if it has seen these classes")
     elif args.evaluate:
-        checkpoint = load_checkpoint(path, "encoder")
-        check_encoder(checkpoint, path, ds, image_side)
+        image_side = "features" if args.image_features else args.image_encoder
+        checkpoint = load_encoder(path, ds, image_side)
     elif path.exists():
         raise UserError(f"{path} is there already: add --evaluate to measure it; to train a new "
                         "one, remove it or name another --out")
     else:
-        checkpoint = train_encoder(
-            ds, args.device, args.steps, precision, image_side=image_side or "conv",
-            image_features=args.image_features, seed=args.seed)
+        checkpoint = train_encoder(ds, args.device, args.steps, precision, seed=args.seed,
+                                   image_features=args.image_features)
         save_checkpoint(path, **checkpoint)
         print(f"wrote {path}")
         if not len(ds.unseen_images()):
@@ -677,14 +632,8 @@ def main():
     phi, v = build(checkpoint, args.device)
     if v is None:
         raise UserError(f"{path} holds phi without the image side: it cannot be measured")
-    features = None
-    if v.tower is None:
-        features = frozen_features(ds, args.image_features, args.device)
-    result = evaluate(ds, phi, v, features, precision)
-    for key, value in result.items():
-        print(f"  {key:16} {value:.3f}")
-    rounded = {key: round(value, 4) for key, value in result.items()}
-    print(json.dumps(dict(dataset=args.dataset, **rounded)))
+    for name, value in evaluate(ds, phi, v, args.image_features, precision).items():
+        print(f"  {name:24} {value:6.1%}")
 
 
 if __name__ == "__main__":
