@@ -215,7 +215,8 @@ def example_images(ds, n=6):
 # What a builder gives of each image: (76, 76, 3) uint8, a list of captions, the name of its class,
 # its row in a file of given features (images that are left out count), and where known its box
 # (4,) and keypoints (6, 2), in pixels of the 76x76 image.
-Example = namedtuple("Example", "pixels captions label row box keypoints", defaults=(None, None))
+Example = namedtuple("Example", "pixels captions label row box keypoints",
+                     defaults=(np.nan, np.nan))
 
 COLOURS = {     # what a caption can say of a part of the bird
     "black": (35, 35, 40), "white": (245, 245, 240), "brown": (130, 85, 45), "red": (215, 40, 40),
@@ -413,18 +414,16 @@ def build_toy():
     labels = []
     for number, bird in enumerate(birds):
         labels.append("{:03d}.{body}-{wing}-{crown}-{belly}".format(number, **bird))
-    examples = []
     with ProcessPoolExecutor() as pool:
-        for species in pool.map(toy_examples, range(200), birds, labels, chunksize=25):
-            examples += species
+        examples = sum(pool.map(toy_examples, range(200), birds, labels, chunksize=25), [])
     return examples, labels[150:], []
 
 
 # ---- CUB-200-2011 and Oxford-102 -------------------------------------------------------------
 # The numbers of the unseen classes, those in testclasses.txt of the authors.
-CUB_UNSEEN = ("1 4 6 8 9 14 23 29 31 33 34 35 36 37 38 43 49 51 53 66 72 79 83 84 86 91 95 96 98 "
-              "101 102 103 112 114 119 121 130 135 138 147 156 163 165 166 180 183 185 186 187 197")
-FLOWERS_UNSEEN = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"
+CUB_UNSEEN = ("1|4|6|8|9|14|23|29|31|33|34|35|36|37|38|43|49|51|53|66|72|79|83|84|86|91|95|96|98|"
+              "101|102|103|112|114|119|121|130|135|138|147|156|163|165|166|180|183|185|186|187|197")
+FLOWERS_UNSEEN = "1|2|3|4|5|6|7|8|9|10|11|12|13|14|15|16|17|18|19|20"
 CUB_PARTS = [1, 2, 3, 4, 5, 13]     # KEYPOINTS among CUB's 15 parts, counted from 0
 
 
@@ -433,51 +432,52 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
     the image's folder, as in 013.Bobolink/NAME.jpg; where all images lie in one, as Oxford-102's
     do, it is the caption's: class_00077/NAME.txt."""
     images = names_below(images_folder, r"\.jpg$")      # outlines, which may lie there, are .png
-    texts = read_texts(captions_folder)
-    captions, skipped = pair(images, texts, plain_stem)
-    in_one_folder = len(set(map(last_folder, images))) == 1
-    class_of = {plain_stem(path): last_folder(path) for path in (texts if in_one_folder else images)}
-    names, boxes, keypoints = cub_tables(images_folder)
-    if around_box and boxes is None:
+    names, boxes, keypoints = cub_tables(images_folder, images)
+    if around_box and np.isnan(boxes).all():
         raise UserError("there are no bounding boxes: cub-box needs images.txt, bounding_boxes.txt "
                         "and part_locs.txt of CUB_200_2011. Without them, use --dataset cub")
+    rows = {name: row for row, name in enumerate(names)}
+    images = [image for image in images if plain_stem(image) in rows]
+    texts = read_texts(captions_folder)
+    captions, skipped = pair(images, texts, plain_stem)
+    in_classes = images if len(set(map(last_folder, images))) > 1 else texts
+    label_of = {plain_stem(path): last_folder(path) for path in in_classes}
 
-    # The source's own order is that of images.txt; without it, that of the names.
-    rows = {name: row for row, name in enumerate(names or map(plain_stem, images))}
     wanted = sorted(captions, key=lambda image: rows[plain_stem(image)])
     around = {image: boxes[rows[plain_stem(image)]] for image in wanted} if around_box else {}
     examples = []
     for image, (pixels, window) in read_images(images_folder, wanted, skipped, around).items():
-        name = plain_stem(image)
-        example = Example(pixels, captions[image], class_of[name], rows[name])
-        if boxes is not None:
-            x, y, width, height = boxes[rows[name]]
-            low, high = to_small(window, [(x, y), (x + width, y + height)])
-            points = to_small(window, keypoints[rows[name]])
-            example = example._replace(box=np.concatenate([low, high - low]), keypoints=points)
-        examples.append(example)
-    numbers = {label: label.removeprefix("class_").lstrip("0") for label in class_of.values()}
-    return examples, {label for label in numbers if numbers[label].split(".")[0] in unseen}, skipped
+        row = rows[plain_stem(image)]
+        x, y, width, height = boxes[row]
+        points = [(x, y), (x + width, y + height), *keypoints[row]]
+        low, high, *points = to_small(window, points)
+        label = label_of[plain_stem(image)]
+        box = np.concatenate([low, high - low])
+        examples.append(Example(pixels, captions[image], label, row, box, points))
+    is_unseen = re.compile(rf"\D*0*({unseen})(?!\d)")       # 013.Bobolink and class_00013 are 13
+    return examples, set(filter(is_unseen.match, label_of.values())), skipped
 
 
-def cub_tables(folder):
-    """What CUB's tables say, in pixels of the original images: the `plain_stem` of each image in
-    images.txt, the boxes (n, 4) x, y, width, height and the KEYPOINTS (n, 6, 2), NaN where one is
-    not visible. No names, and None for the others, where a table is missing."""
+def cub_tables(folder, images):
+    """What CUB's tables say, in pixels of the original images: the names in images.txt, which are
+    those of the `images` without it, boxes (n, 4) x, y, width, height, and KEYPOINTS (n, 6, 2).
+    NaN is what is not known: all, unless all three tables are there."""
     tables = {}
-    for name in names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$"):
-        lines = decode_text(read_bounded(folder / name)).splitlines()
-        tables[plain_stem(name)] = [line.split() for line in lines]
+    for path in names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$"):
+        lines = decode_text(read_bounded(folder / path)).splitlines()
+        tables[plain_stem(path)] = [line.split() for line in lines]
     try:
         names = [plain_stem(path) for _, path in tables.get("images", [])]
-        if len(tables) < 3:
-            return names, None, None
-        boxes = np.array(tables["bounding_boxes"], float).reshape(len(names), 5)
-        parts = np.array(tables["part_locs"], float).reshape(len(names), 15, 5)[:, CUB_PARTS]
-    except ValueError as error:
-        raise UserError(f"the tables of CUB are not as they should be: {error}") from None
-    parts[parts[:, :, 4] == 0] = np.nan
-    return names, boxes[:, 1:], parts[:, :, 2:4]
+        boxes = np.full((len(images), 4), np.nan)
+        keypoints = np.full((len(images), 6, 2), np.nan)
+        if len(tables) == 3:
+            numbers = np.array([number for number, _ in tables["images"]], int) - 1
+            boxes = np.array(tables["bounding_boxes"], float)[numbers, 1:]
+            parts = np.array(tables["part_locs"], float).reshape(-1, 15, 5)[numbers][:, CUB_PARTS]
+            keypoints = np.where(parts[:, :, 4:] == 1, parts[:, :, 2:4], np.nan)
+    except (LookupError, ValueError) as error:
+        raise UserError(f"a table of CUB is not as it should be: {error}") from None
+    return names or list(map(plain_stem, images)), boxes, keypoints
 
 
 def to_small(window, points):
@@ -503,20 +503,19 @@ def build_folder(folder):
     images = names_below(folder, IMAGE_NAMES)
     texts = read_texts(folder)
 
-    # The class is the folder, without a part that only says which of the two is in it:
-    # images/kind/1.jpg and text/kind/1.txt both lie in "kind".
-    sides = {part for path in images for part in path.lower().split("/")[:-1]}
-    sides ^= {part for path in texts for part in path.lower().split("/")[:-1]}
-    sides &= IMAGES_OR_TEXTS
-
-    def place(path):
-        return "/".join(part for part in path.split("/")[:-1] if part.lower() not in sides)
+    def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in "kind"
+        parts = path.split("/")[:-1]
+        return "/".join(part for part in parts if part.lower() not in IMAGES_OR_TEXTS)
 
     for table in names_below(folder, r"(^|/)metadata\.(csv|jsonl)$"):
         for file, caption in table_rows(folder, table):
             path = posixpath.join(posixpath.dirname(table), file.replace("\\", "/"))
             texts.setdefault(posixpath.normpath(path), []).extend(clean_captions([caption]))
-    captions, skipped = pair(images, texts, lambda path: plain(place(path)) + "/" + plain_stem(path))
+
+    def key(path):
+        return plain(place(path)), plain_stem(path)
+
+    captions, skipped = pair(images, texts, key)
     pictures = read_images(folder, captions, skipped)
     classes, unseen = own_classes({image: place(image) for image in pictures}, skipped)
     examples = []
@@ -616,9 +615,9 @@ FLOWERS = [
            "text_c10 text text.zip flowers.zip", MIRROR + "caption-data-flowers-v1.0.0.zip")]
 DATASETS = {
     "toy": Entry(build_toy),
-    "cub": Entry(partial(build_photographs, unseen=CUB_UNSEEN.split()), CUB),
-    "cub-box": Entry(partial(build_photographs, unseen=CUB_UNSEEN.split(), around_box=True), CUB),
-    "flowers": Entry(partial(build_photographs, unseen=FLOWERS_UNSEEN.split()), FLOWERS)}
+    "cub": Entry(partial(build_photographs, unseen=CUB_UNSEEN), CUB),
+    "cub-box": Entry(partial(build_photographs, unseen=CUB_UNSEEN, around_box=True), CUB),
+    "flowers": Entry(partial(build_photographs, unseen=FLOWERS_UNSEEN), FLOWERS)}
 
 
 def find_files(name, source):
@@ -660,61 +659,50 @@ MAX_TOTAL = 8 << 30             # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000         # width x height of one image
 MAX_CAPTIONS = 100              # of one image; more are left out
 NO_CAPTION = "no caption"
-# Not every Pillow reads the last four. They count as images nevertheless, so that they are listed
-# as skipped and do not vanish unseen.
+# The last four are not read. They count as images, so that they are listed as skipped.
 IMAGE_NAMES = r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|heif|jxl)$"
-Image.init()
-FORMATS = [kind for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
-           if kind in Image.OPEN]       # and not EPS, which is a program that would be run
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program that would be run
 
 
 def names_below(folder, pattern=""):
     """Names of the files below a folder that have the pattern, in order, such as kind/1.jpg. Hidden
     files are no data. Links are followed."""
-    ours = ("cache/", "runs/") if folder == Path.cwd() else ()     # these change while they are read
-    names = []
-    for name in glob.glob("**", root_dir=folder, recursive=True):
-        name = name.replace(os.sep, "/")
-        if re.search(pattern, name, re.IGNORECASE) and not name.startswith(ours):
-            names.append(name)
-    return sorted(names, key=lambda name: name.split("/"))
+    ours = ("cache/", "runs/") if folder == Path.cwd() else ()      # they change meanwhile
+    names = [Path(name).as_posix() for name in glob.glob("**", root_dir=folder, recursive=True)]
+    names = [name for name in names if re.search(pattern, name, re.I) and not name.startswith(ours)]
+    return sorted((name for name in names if not Path(folder, name).is_dir()),
+                  key=lambda name: name.split("/"))
 
 
 def unpack(path, folder):
-    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError.
-
-    It is read to its end: the checksums tell whether it is whole. A broken-off .tar.gz could else
-    be taken for one with fewer files."""
-    with open(path, "rb") as f:
-        start = f.read(2)
-    if start not in (b"PK", b"\x1f\x8b"):
-        raise UserError(f"{path} is no folder, no .zip and no .tar.gz")
+    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not whole,
+    which its checksums tell."""
     try:
-        if start == b"PK":
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                check_size(sum(member.file_size for member in archive.infolist()))
+                if sum(member.file_size for member in archive.infolist()) > MAX_TOTAL:
+                    raise ValueError("too large")
                 archive.extractall(folder)      # compares the checksums; no name leads outside
-            return folder
-        with gzip.open(path) as f:
-            check_size(f.seek(MAX_TOTAL + 1))   # stops at the end, and compares the checksum there
-        with tarfile.open(path) as archive:
-            for member in archive:
-                file = (folder / member.name).resolve()
-                if member.isreg() and not member.issparse():
-                    if not file.is_relative_to(folder):
-                        raise ValueError(f"{member.name!r} would lie outside of it")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    with open(file, "wb") as f:
-                        shutil.copyfileobj(archive.extractfile(member), f)
+        else:
+            unpack_tar(path, folder)
     except Exception as error:          # the readers raise all sorts of things on broken archives
-        raise UserError(f"{path} cannot be unpacked ({type(error).__name__}: {error}). If it is "
-                        "damaged or broken off, fetch it again") from None
+        raise UserError(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one "
+                        f"({type(error).__name__}: {error})") from None
     return folder
 
 
-def check_size(size):
-    if size > MAX_TOTAL:
-        raise ValueError(f"more than {MAX_TOTAL >> 30} GB in it")
+def unpack_tar(path, folder):
+    # To its end first, where the checksum is: a broken-off one may look like one of fewer files.
+    with gzip.open(path) as f:
+        if f.seek(MAX_TOTAL + 1) > MAX_TOTAL:
+            raise ValueError("too large")
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            file = (folder / member.name).resolve()
+            if member.isreg() and not member.issparse() and file.is_relative_to(folder):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "wb") as f:
+                    shutil.copyfileobj(archive.extractfile(member), f)
 
 
 def read_texts(folder):
@@ -779,12 +767,11 @@ def read_images(folder, names, skipped, box_of={}):
         try:
             return read_image(read_bounded(folder / name), box_of.get(name))
         except (ValueError, OSError, UserError) as error:
-            return f"{name}: {error}"
+            skipped.append(f"{name}: {error}")
 
     with ThreadPoolExecutor() as pool:
         pictures = dict(zip(names, pool.map(read, names)))
-    skipped += [picture for picture in pictures.values() if isinstance(picture, str)]
-    return {name: picture for name, picture in pictures.items() if not isinstance(picture, str)}
+    return {name: picture for name, picture in pictures.items() if picture}
 
 
 def read_image(data, box=None):
@@ -877,19 +864,23 @@ def load(name, source=None):
             prepare(path, name, paths)
     ds = read_cache(path, name)
     if ds.skipped:
-        print(f"{name}: {len(ds.images):,} images are used. {path.with_suffix('.txt')} has "
+        print(f"{name}: {len(ds.images):,} images are used. {skipped_file(name)} has "
               f"{len(ds.skipped):,} lines on what is not; the last: {ds.skipped[-1]}")
     return ds
 
 
 def short_name(name):
-    """What is kept of a data set is called by this name: "cub", "own-FOLDER-1a2b3c4d". The digits
+    """What is kept of a data set is called by this name: "cub", "own-FOLDER-1a2b3c". The digits
     come from the whole path, because two folders may have the same last name."""
     if name in DATASETS:
         return name
     path = Path(name).resolve()
-    plain = re.sub(r"[^\w.-]", "_", path.name)[:40]
-    return f"own-{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+    last = re.sub(r"[^\w.-]", "_", path.name)[:40]
+    return f"own-{last}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+
+
+def skipped_file(name):
+    return CACHE / f"{short_name(name)}-skipped.txt"
 
 
 def digest(value):
@@ -924,6 +915,7 @@ def prepare(path, name, paths):
             folders.append(packed if packed.is_dir() else unpack(packed, folder))
         build = DATASETS[name].build if name in DATASETS else build_folder
         examples, unseen, skipped = build(*folders)
+        skipped = [printable(line) for line in skipped]
         if not examples:
             found = "; ".join(map(kinds_of_files, paths, folders))
             raise UserError(f"{name}: no image with a caption. {found}. Expected for each NAME.jpg "
@@ -936,16 +928,15 @@ def prepare(path, name, paths):
     texts = dict(captions=captions, class_names=class_names.tolist(), skipped=skipped)
     arrays = dict(images=np.stack(pixels), labels=labels, rows=np.array(rows),
                   unseen_classes=np.isin(class_names, list(unseen)))
-    if boxes[0] is not None:
-        arrays["boxes"] = np.stack(boxes).astype(np.float32)
-    if keypoints[0] is not None:
-        arrays["keypoints"] = np.stack(keypoints).astype(np.float32)
+    for key, values in dict(boxes=boxes, keypoints=keypoints).items():
+        if not np.isnan(values).all():
+            arrays[key] = np.array(values, np.float32)
 
-    for older in CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.*"):
-        older.unlink(missing_ok=True)           # of an earlier state of the same source
-    lines = [printable(line) + "\n" for line in skipped]
-    path.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+    skipped_file(name).write_text("\n".join(skipped), encoding="utf-8")
     write_atomically(path, lambda f: np.savez(f, texts=json.dumps(texts), **arrays))
+    for older in CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.npz"):
+        if older != path:                       # of an earlier state of the same source
+            older.unlink(missing_ok=True)
 
 
 def kinds_of_files(path, folder):
@@ -954,7 +945,7 @@ def kinds_of_files(path, folder):
     for name in names_below(folder):
         kinds.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
     counts = [f"{len(names):,} {kind} ({names[0]})" for kind, names in kinds.items()]
-    return f"{path.name} has {', '.join(counts[:8]) or 'no files'}"
+    return printable(f"{path.name} has {', '.join(counts[:8]) or 'no files'}")
 
 
 def read_cache(path, name):
@@ -976,15 +967,13 @@ def printable(text):
 def image_grid(rows, texts=None, titles=None, scale=1):
     """Rows of equally many images, (H, W, 3) uint8 each, as one Pillow image. texts: one beside
     each row. titles: one above each column."""
-    font = ImageFont.load_default(13)
-    height, width = np.multiply(rows[0][0].shape[:2], scale).astype(int).tolist()
+    height, width = [int(scale * side) for side in rows[0][0].shape[:2]]
     left = 230 if texts else 0
     top = 22 if titles else 0
     size = (left + (width + 2) * len(rows[0]), top + (height + 2) * len(rows))
     page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
-    for j, title in enumerate(titles or []):
-        pen.text((left + j * (width + 2) + width / 2, 10), title, "black", font, "mm")
+    font = ImageFont.load_default(13)
     for i, row in enumerate(rows):
         y = top + i * (height + 2)
         if texts:
@@ -992,9 +981,11 @@ def image_grid(rows, texts=None, titles=None, scale=1):
                                   placeholder=" ...")
             pen.multiline_text((6, y + 2), "\n".join(lines), "black", font)
         for j, pixels in enumerate(row):
+            x = left + j * (width + 2)
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            image = image.resize((width, height), Image.NEAREST)
-            page.paste(image, (left + j * (width + 2), y))
+            page.paste(image.resize((width, height), Image.NEAREST), (x, y))
+            if titles:
+                pen.text((x + width / 2, 10), titles[j], "black", font, "mm")
     return page
 
 
@@ -1004,21 +995,20 @@ def plot(panels, path, size=360):
     pen = ImageDraw.Draw(page)
     for number, panel in enumerate(panels):
         lines = {name: np.array([*zip(*x_y), (0, 0)], float) for name, x_y in panel.items()}
-        corner = np.maximum(1e-9, np.concatenate(list(lines.values())).max(0))
+        widest, highest = np.concatenate([*lines.values(), [(1e-9, 1e-9)]]).max(0)
         left = number * size + 45
-        right = left + size - 60
         top = 20 + 14 * len(lines)
+        right = left + size - 60
         bottom = size - 30
         pen.rectangle((left, top, right, bottom), outline="grey")
-        pen.text((left - 6, top), f"{corner[1]:.1f}", "black", anchor="rm")
-        pen.text((left - 6, bottom), "0", "black", anchor="rm")
-        pen.text((right, bottom + 12), f"{corner[0]:g}", "black", anchor="rm")
+        pen.text((left - 6, top), f"{highest:.1f}", "black", anchor="rm")
+        pen.text((right, bottom + 12), f"{widest:g}", "black", anchor="rm")
         for i, (name, points) in enumerate(lines.items()):
             colour = ("black", "red", "green", "orange", "blue")[i % 5]
-            points = points[:-1] / corner * (right - left, top - bottom) + (left, bottom)
-            if len(points) > 1:
-                pen.line(points.ravel().tolist(), colour, 2)
             pen.text((left, 10 + 14 * i), name, colour, anchor="lm")
+            x = left + points[:-1, 0] * (right - left) / widest
+            y = bottom - points[:-1, 1] * (bottom - top) / highest
+            pen.line(list(zip(x, y)), colour, 2)
     save_image(page, path)
 
 
@@ -1239,7 +1229,7 @@ def main(argv=None):
           f"classes\n  unseen, never trained on: {len(ds.unseen_images()):,} images of {unseen} "
           f"classes\n  boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
     for line in ds.skipped[:10]:
-        print(f"  skipped {printable(line)}")
+        print(f"  skipped {line}")
     shown = example_images(ds, 8)
     rows = []
     for image in shown:
