@@ -57,7 +57,7 @@ KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]    # of [A]
 class Dataset:
     """A data set as all other files see it. N images of C classes."""
     name: str
-    images: np.ndarray              # (N, 76, 76, 3) uint8, memory-mapped
+    images: np.ndarray              # (N, 76, 76, 3) uint8
     captions: list                  # N lists of strings, none of them empty
     labels: np.ndarray              # (N,) the class of each image
     class_names: list               # C strings
@@ -436,24 +436,24 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
     if around_box and np.isnan(boxes).all():
         raise UserError("there are no bounding boxes: cub-box needs images.txt, bounding_boxes.txt "
                         "and part_locs.txt of CUB_200_2011. Without them, use --dataset cub")
-    rows = {name: row for row, name in enumerate(names)}
-    images = [image for image in images if plain_stem(image) in rows]
+    image_of = {plain_stem(image): image for image in images}
     texts = read_texts(captions_folder)
     captions, skipped = pair(images, texts, plain_stem)
     in_classes = images if len(set(map(last_folder, images))) > 1 else texts
     label_of = {plain_stem(path): last_folder(path) for path in in_classes}
 
-    wanted = sorted(captions, key=lambda image: rows[plain_stem(image)])
-    around = {image: boxes[rows[plain_stem(image)]] for image in wanted} if around_box else {}
+    around = dict(zip(map(image_of.get, names), boxes)) if around_box else {}
+    pictures = read_images(images_folder, captions, skipped, around)
     examples = []
-    for image, (pixels, window) in read_images(images_folder, wanted, skipped, around).items():
-        row = rows[plain_stem(image)]
-        x, y, width, height = boxes[row]
-        points = [(x, y), (x + width, y + height), *keypoints[row]]
-        low, high, *points = to_small(window, points)
-        label = label_of[plain_stem(image)]
-        box = np.concatenate([low, high - low])
-        examples.append(Example(pixels, captions[image], label, row, box, points))
+    for row, name in enumerate(names):      # the source's own order
+        if image_of.get(name) in pictures:
+            pixels, window = pictures[image_of[name]]
+            x, y, width, height = boxes[row]
+            corners = [(x, y), (x + width, y + height)]
+            low, high, *points = to_small(window, [*corners, *keypoints[row]])
+            box = np.concatenate([low, high - low])
+            texts_of = captions[image_of[name]]
+            examples.append(Example(pixels, texts_of, label_of[name], row, box, points))
     is_unseen = re.compile(rf"\D*0*({unseen})(?!\d)")       # 013.Bobolink and class_00013 are 13
     return examples, set(filter(is_unseen.match, label_of.values())), skipped
 
@@ -564,12 +564,13 @@ def table_rows(folder, table):
         else:
             entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         for entry in entries:
-            captions = entry.get("text", entry.get("caption"))
-            if "file_name" not in entry or captions is None:
-                raise ValueError("expected file_name and text (or caption) in each row, found "
+            columns = [column for column in ("text", "caption") if column in entry]
+            if "file_name" not in entry or not columns:
+                raise ValueError("expected columns file_name and text (or caption), found "
                                  f"{', '.join(entry)}")
+            captions = entry[columns[0]]
             for caption in captions if isinstance(captions, list) else [captions]:
-                rows.append((str(entry["file_name"]), str(caption)))
+                rows.append((str(entry["file_name"]), str(caption or "")))
     except Exception as error:      # what stands in a file can be anything
         raise UserError(f"{table} cannot be read ({type(error).__name__}): {error}") from None
     return rows
@@ -579,7 +580,8 @@ def csv_entries(text):
     """The rows of a .csv as dicts. The separator is a comma, or what Excel writes for it. A caption
     with commas outside quotes is put together again where it is the last column."""
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    header, *rows = filter(None, reader)                    # without empty lines
     last = len(header) - 1
     for row in rows:
         if header[last] in ("text", "caption"):
@@ -675,8 +677,8 @@ def names_below(folder, pattern=""):
 
 
 def unpack(path, folder):
-    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not whole,
-    which its checksums tell."""
+    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not
+    whole, which its checksums tell."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -906,7 +908,7 @@ def file_stamps(paths):
 
 
 def prepare(path, name, paths):
-    """Build a data set and write its cache, whole or not at all. Archives are unpacked meanwhile."""
+    """Build a data set and write its cache, whole or not at all. Archives are unpacked for it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpacked-") as work:
         folders = []
@@ -926,6 +928,7 @@ def prepare(path, name, paths):
     pixels, captions, labels, rows, boxes, keypoints = zip(*examples)
     class_names, labels = np.unique(labels, return_inverse=True)
     texts = dict(captions=captions, class_names=class_names.tolist(), skipped=skipped)
+    texts = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     arrays = dict(images=np.stack(pixels), labels=labels, rows=np.array(rows),
                   unseen_classes=np.isin(class_names, list(unseen)))
     for key, values in dict(boxes=boxes, keypoints=keypoints).items():
@@ -933,7 +936,7 @@ def prepare(path, name, paths):
             arrays[key] = np.array(values, np.float32)
 
     skipped_file(name).write_text("\n".join(skipped), encoding="utf-8")
-    write_atomically(path, lambda f: np.savez(f, texts=json.dumps(texts), **arrays))
+    write_atomically(path, lambda f: np.savez(f, texts=texts, **arrays))
     for older in CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.npz"):
         if older != path:                       # of an earlier state of the same source
             older.unlink(missing_ok=True)
@@ -952,7 +955,7 @@ def read_cache(path, name):
     try:
         with np.load(path) as arrays:
             fields = dict(arrays)
-        return Dataset(name=name, **json.loads(str(fields.pop("texts"))), **fields)
+        return Dataset(name=name, **json.loads(fields.pop("texts").tobytes()), **fields)
     except Exception as error:          # the reader raises all sorts of things on a damaged file
         raise UserError(f"the cache {path} is damaged ({type(error).__name__}: {error}): remove "
                         "it, it is then built again") from None
@@ -1223,11 +1226,11 @@ def main(argv=None):
     add_options(parser.add_argument)
     args = parser.parse_args(argv)
     ds = load(args.dataset, args.source)
-    unseen = int(ds.unseen_classes.sum())
-    print(f"{args.dataset}: {len(ds.images):,} images, {sum(map(len, ds.captions)):,} captions\n"
-          f"  to train on: {len(ds.training_images()):,} images of {len(ds.class_names) - unseen} "
-          f"classes\n  unseen, never trained on: {len(ds.unseen_images()):,} images of {unseen} "
-          f"classes\n  boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
+    print(f"{args.dataset}: {len(ds.images):,} images, {sum(map(len, ds.captions)):,} captions; "
+          f"boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
+    for kind, index in (("to train on", ds.training_images()),
+                        ("unseen, never trained on", ds.unseen_images())):
+        print(f"  {kind}: {len(index):,} images, classes: {len(set(ds.labels[index]))}")
     for line in ds.skipped[:10]:
         print(f"  skipped {line}")
     shown = example_images(ds, 8)

@@ -11,6 +11,7 @@ them, written here in float64, that use nothing of the code under test.
 
 import argparse
 import ast
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -2090,11 +2091,9 @@ def check_form(ds, images, classes, unseen):
     """The form in which every data set comes."""
     assert ds.images.shape == (images, 76, 76, 3) and ds.images.dtype == np.uint8
     assert len(ds.captions) == len(ds.labels) == len(ds.rows) == images
-    for captions in ds.captions:
-        assert captions and all(isinstance(text, str) and text for text in captions)
+    assert all(captions and all(map(str.strip, captions)) for captions in ds.captions)
     assert len(ds.class_names) == len(ds.unseen_classes) == classes
     assert ds.unseen_classes.sum() == unseen
-
     training = ds.training_images()
     held_out = ds.unseen_images()
     assert sorted([*training, *held_out]) == list(range(images))
@@ -2107,48 +2106,38 @@ def check_colours(ds):
         assert np.abs(pixels.astype(int) - COLOUR_BYTES[label]).max() < 8
 
 
+def saved(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
 # ---- Views, batches --------------------------------------------------------------------------
 
 def test_crops_are_the_windows():
     images = torch.randint(0, 256, (2, 76, 76, 3), dtype=torch.uint8)
-
-    def window(image, top, left):
-        return images[image, top:top + 64, left:left + 64].permute(2, 0, 1).float() / 127.5 - 1
-
     x = data.crops(images, torch.tensor([1, 0]), torch.tensor([3, 12]), torch.tensor([5, 0]),
                    torch.tensor([False, True]))
-    assert torch.equal(x[0], window(1, 3, 5))
-    assert torch.equal(x[1], window(0, 12, 0).flip(2))
-    assert torch.equal(data.centre_crops(images, torch.tensor([1]))[0], window(1, 6, 6))
+    x = ((x + 1) * 127.5).round().permute(0, 2, 3, 1)
+    assert torch.equal(x[0], images[1, 3:67, 5:69].float())
+    assert torch.equal(x[1], images[0, 12:76, 0:64].flip(1).float())
 
 
 def test_random_crops_reach_every_window_and_both_directions():
     place = torch.arange(76, dtype=torch.uint8)
-    rows = place[:, None].expand(76, 76)
-    image = torch.stack([rows, rows.T, torch.zeros_like(rows)], 2)      # tells where a pixel was
+    image = torch.stack(torch.meshgrid(place, place, place[:1], indexing="ij"), 2)[..., 0]
     x = data.random_crops(image[None], torch.zeros(2000, dtype=torch.long))
-    x = ((x + 1) * 127.5).round()
+    x = ((x + 1) * 127.5).round()                           # tells where each pixel was
     assert set(x[:, 0].amin((1, 2)).tolist()) == set(range(13))
     assert set(x[:, 1].amin((1, 2)).tolist()) == set(range(13))
-    mirrored = x[:, 1, 0, 0] > x[:, 1, 0, 63]
-    assert 0.4 < mirrored.float().mean() < 0.6
+    assert 0.4 < (x[:, 1, 0, 0] > x[:, 1, 0, 63]).float().mean() < 0.6
 
 
 def test_pixels_are_the_crops_again():
     images = torch.randint(0, 256, (3, 76, 76, 3), dtype=torch.uint8)
-    pixels = data.to_pixels(data.centre_crops(images, torch.arange(3)))
-    assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, images[:, 6:70, 6:70])
-    for value, level in ((7.0, 255), (-7.0, 0)):
-        assert (data.to_pixels(torch.full((1, 3, 2, 2), value)) == level).all()
-
-
-def test_random_captions_are_the_images_own():
-    ds = data.Dataset("x", None, [["a", "b"], ["c"], ["d"] * 4], None, None, None, None)
-    starts = data.caption_starts(ds)
-    assert starts.tolist() == [0, 2, 3, 7]
-    rows = data.random_captions(starts, torch.tensor([2, 0, 1]), count=400)
-    assert [set(column.tolist()) for column in rows.T] == [{3, 4, 5, 6}, {0, 1}, {2}]
+    x = data.centre_crops(images, torch.arange(3))
+    assert np.array_equal(data.to_pixels(x), images[:, 6:70, 6:70])
+    assert set(data.to_pixels(9 * x.sign()).ravel()) == {0, 255}
 
 
 def test_another_class_is_any_other_with_equal_chance():
@@ -2229,25 +2218,19 @@ def test_toy(toy):
     check_form(toy, 8000, 200, 50)
     assert all(len(captions) == 10 for captions in toy.captions)
     assert (np.bincount(toy.labels) == 40).all()
-    assert not np.isnan(toy.keypoints).any()
-    assert (toy.boxes[:, 2:] > 30).all()
+    assert not np.isnan(toy.keypoints).any() and (toy.boxes[:, 2:] > 30).all()
     assert toy.digest() == "e9553dfe961c0f68"       # weights/toy.pt was trained on these captions
 
     # Any two species differ in two colours or more; those of one colour are trained on.
     colours = np.array([name.split(".")[1].split("-") for name in toy.class_names])
     apart = (colours[:, None] != colours).sum(2) + 4 * np.eye(200)
-    assert colours.shape == (200, 4) and apart.min() == 2
-    one_colour = len(data.COLOURS)
-    assert all(len(set(names)) == 1 for names in colours[:one_colour])
-    assert not toy.unseen_classes[:one_colour].any()
+    assert apart.min() == 2
+    assert not toy.unseen_classes[(colours == colours[:, :1]).all(1)].any()
 
     # Style is in no caption.
-    words = set()
-    for captions in toy.captions:
-        words |= set(" ".join(captions).split())
+    words = set(" ".join(sum(toy.captions, [])).split())
     assert not words & {"left", "right", "sky", "background", "branch", "large", "facing"}
-    facing = toy.keypoints[:, 0, 0] > toy.keypoints[:, 5, 0]
-    assert 0.45 < facing.mean() < 0.55
+    assert 0.45 < (toy.keypoints[:, 0, 0] > toy.keypoints[:, 5, 0]).mean() < 0.55
 
 
 def test_toy_images_carry_the_colours_that_captions_name():
@@ -2272,12 +2255,9 @@ def test_toy_bird_for_a_caption_has_what_it_names_and_the_rest_at_random():
     for bird in data.toy_species(rng, 60):
         for caption in data.toy_captions(rng, bird):
             other = data.toy_bird_for(rng, caption)
-            assert other.keys() == bird.keys()
             for form in forms:                          # what is said of one is true of the other
                 if form.format(**bird) in caption.replace("an orange", "a orange"):
                     assert form.format(**other) == form.format(**bird)
-            if any(form.format(**bird) in caption for form in data.ONE_COLOUR_BEGINNINGS):
-                assert len({other[part] for part in ("body", "wing", "crown", "belly")}) == 1
 
     # What is not named: 9 of 16 parts have the body's colour, as in toy_species. Bayes: of a body
     # that is not named, 9 of the 9 + 7 weights are on the colour of a part.
@@ -2286,7 +2266,6 @@ def test_toy_bird_for_a_caption_has_what_it_names_and_the_rest_at_random():
             ("this bird has a white crown", "body", "white")):
         birds = [data.toy_bird_for(rng, caption) for _ in range(2000)]
         assert abs(np.mean([bird[part] == colour for bird in birds]) - 9 / 16) < 0.04
-    assert data.toy_images_for(["an all red bird"] * 2).shape == (2, 76, 76, 3)
 
 
 # ---- CUB and Oxford-102 ----------------------------------------------------------------------
@@ -2356,25 +2335,16 @@ def test_cub_box_shows_the_square_around_the_bird(here):
     images, captions = cub_files()
     photo = Image.new("RGB", (152, 76), "white")
     photo.paste("red", (20, 10, 60, 60))
-    out = io.BytesIO()
-    photo.save(out, "PNG")
-    images.update({name: out.getvalue() for name in images if name.endswith(".jpg")})
-    boxes = images["CUB_200_2011/bounding_boxes.txt"]           # each image has its own
-    images["CUB_200_2011/bounding_boxes.txt"] = boxes.replace(b"\n1 20.0", b"\n1 0.0")
-    unpacked(here, {**images, **captions})
+    photos = {name: saved(photo, "PNG") for name in images if name.endswith(".jpg")}
+    unpacked(here, {**images, **captions, **photos})
     ds = data.load("cub-box", here)
-    check_form(ds, 12, 4, 2)
     scale = 76 / 70                                         # the square of 70 became 76
     x, y, w, h = ds.boxes[0]
-    assert np.allclose((x, y, w, h), np.array([15, 10, 40, 50]) * scale, atol=1e-4)
+    assert np.allclose(ds.boxes[0], np.array([15, 10, 40, 50]) * scale, atol=1e-4)
     red = np.argwhere(ds.images[0][..., 1] < 128)           # the box lies where the bird does
-    assert np.allclose(red.min(0), (y, x), atol=1)
-    assert np.allclose(red.max(0) + 1, (y + h, x + w), atol=1)
+    assert np.allclose([*red.min(0), *red.max(0) + 1], (y, x, y + h, x + w), atol=1)
     assert np.allclose(ds.keypoints[0][0], [(2 - 5) * scale, 4 * scale], atol=1e-4)
-
-    own_folder(here / "cub")
-    data.load("./cub")                      # a folder of the same name leaves the cache alone
-    shutil.rmtree(here / "CUB_200_2011")    # nor need the files stay
+    shutil.rmtree(here / "CUB_200_2011")                    # the files need not stay
     assert np.array_equal(data.load("cub-box").images, ds.images)
 
 
@@ -2468,71 +2438,56 @@ def test_every_layout_of_an_own_folder_gives_the_same(here, layout, packed):
 
 
 @pytest.mark.parametrize("tops, classes, unseen", [
-    # The folders of four images, their classes, and the unseen ones.
-    (["images", "images", "images", "images"], 4, None),        # no sub-folder: a class each
-    (["train/a", "test/b", "train/c", "test/d"], "abcd", "bd"),
-    (["train/a", "Validation/b", "train/c", "dev/d"], "abcd", "bd"),
-    (["train_images/a", "test_images/b", "train_images/c", "test_images/a"], "abc", None),
-    (["train_images/a", "test_images/b", "train_images/c", "test_images/d"], "abcd", "bd"),
-    (["train/a", "test/A", "train/c", "test/d"], "Aacd", None),
-    (["train/a", "test/b", "train/c", "more/d"], 4, None)])     # what lies beside them is neither
+    # The folders of four images, how many classes they are, and the unseen ones; "?": by chance.
+    (["train/a", "test/b", "train/c", "test/d"], 4, "bd"),
+    (["train/a", "Validation/b", "train/c", "dev/d"], 4, "bd"),
+    (["train_images/a", "test_images/b", "train_images/c", "test_images/d"], 4, "bd"),
+    (["train_images/a", "test_images/b", "train_images/c", "test_images/a"], 3, "?"),
+    (["train/a", "test/A", "train/c", "test/d"], 4, "?"),       # the same on some disks
+    (["train/a", "test/b", "train/c", "more/d"], 4, "?")])      # what lies beside is neither
 def test_train_and_test_are_the_split_where_they_share_no_class(here, tops, classes, unseen):
-    files = {}
     for i, top in enumerate(tops):
-        files.update({f"{top}/{i}.png": jpeg(), f"{top}/{i}.txt": f"text {i}".encode()})
-    ds = data.load(str(unpacked(here / "mine", files)))
-    assert len(ds.class_names) == (classes if isinstance(classes, int) else len(classes))
-    if unseen:
-        assert "".join(np.array(ds.class_names)[ds.unseen_classes]) == unseen
-    elif "images" not in tops:
-        assert "not taken as the split" in ds.skipped[0] and ds.unseen_classes.sum() <= 1
+        unpacked(here / "mine", {f"{top}/{i}.png": jpeg(), f"{top}/{i}.txt": b"some text"})
+    ds = data.load("mine")
+    held_out = "".join(np.array(ds.class_names)[ds.unseen_classes])
+    assert len(ds.class_names) == classes
+    assert held_out == unseen if unseen != "?" else "not taken as the split" in ds.skipped[0]
 
 
-def test_what_this_project_writes_is_not_its_data(here, monkeypatch):
-    own_folder(here / "mine")
-    monkeypatch.chdir(here / "mine")
-    for _ in range(2):
-        unpacked(Path("runs"), {"x/samples/1.png": jpeg(), "x/samples/1.txt": b"a bird"})
-        assert len(data.load(".").images) == 12
-    assert len(list(Path("cache").glob("*.npz"))) == 1          # built once
-
-
-def test_links_are_followed(here):
+def test_links_are_followed_and_what_this_project_writes_is_not_its_data(here, monkeypatch):
     own_folder(here / "elsewhere", classes=3)
     mine = own_folder(here / "mine", classes=1)
     (mine / "linked").symlink_to(here / "elsewhere/kind1")
-    (mine / "kind0/extra.png").symlink_to(here / "elsewhere/kind2/p0.png")
-    (mine / "kind0/extra.txt").symlink_to(here / "elsewhere/kind2/p0.txt")
     (mine / "kind0/lost.png").symlink_to(here / "nowhere.png")
-    ds = data.load(str(mine))
-    assert len(ds.images) == 7 and ds.class_names == ["kind0", "linked"]
-    assert ["colour 2", "picture 0"] in ds.captions and "lost.png" in ds.skipped[0]
+    monkeypatch.chdir(mine)
+    for _ in range(2):
+        unpacked(Path("runs"), {"x/samples/1.png": jpeg(), "x/samples/1.txt": b"a bird"})
+        ds = data.load(".")
+        assert len(ds.images) == 6 and ds.class_names == ["kind0", "linked"]
+        assert len(ds.skipped) == 1 and "lost.png" in ds.skipped[0]
 
 
 def test_what_cannot_be_used_is_listed_with_the_reason(here, capsys):
     mine = unpacked(own_folder(here / "mine"), {
-        "kind0/phone.heic": b"\0\0\0\x18ftypheic", "kind0/phone.txt": b"from a phone",
-        "kind1/bad.jpg": b"broken", "kind1/bad.txt": b"a bird",
-        "kind2/bare.png": jpeg(),
-        "kind2/blank.png": jpeg(), "kind2/blank.txt": b"\n{}\n",
-        "kind2/two.png": jpeg(), "kind2/two.jpg": jpeg(), "kind2/two.txt": b"of which?",
-        "kind3/alone.txt": b"no image here",
+        "phone.heic": b"\0\0\0\x18ftypheic", "phone.txt": b"from a phone",
+        "bare.png": jpeg(),
+        "blank.png": jpeg(), "blank.txt": b"\n{}\n",
+        "two.png": jpeg(), "two.jpg": jpeg(), "two.txt": b"of which?",
+        "alone.txt": b"no image here",
         "metadata.jsonl": b'{"file_name": "gone/1.png", "text": "a bird"}'})
     (mine / "film.mp4").touch()
     os.truncate(mine / "film.mp4", data.MAX_FILE + 1)       # neither image nor caption: not read
     for _ in range(2):                                      # built, and read again
         ds = data.load(str(mine))
         listed, = Path("cache").glob("own-mine-*-skipped.txt")
-        assert f"{listed} has 8 lines" in capsys.readouterr().out
+        assert f"{listed} has 7 lines" in capsys.readouterr().out
         assert listed.read_text().splitlines() == ds.skipped
     check_form(ds, 12, 4, 1)
-    reasons = dict(line.split(": ", 1) for line in ds.skipped)
-    assert {name: reasons[name].split()[-2:] for name in reasons} == {
-        "kind0/phone.heic": ["cannot", "read"], "kind1/bad.jpg": ["cannot", "read"],
-        "kind2/bare.png": ["no", "caption"], "kind2/blank.png": ["no", "caption"],
-        "kind2/two.png": ["no", "caption"], "kind2/two.jpg": ["no", "caption"],
-        "kind3/alone.txt": ["no", "image"], "gone/1.png": ["no", "image"]}
-    assert "several" in reasons["kind2/two.jpg"]
+    several = "several images have this name, so no caption"
+    unreadable = "not an image, or of a kind that this Pillow cannot read"
+    assert dict(line.split(": ") for line in ds.skipped) == {
+        "phone.heic": unreadable, "bare.png": data.NO_CAPTION, "blank.png": data.NO_CAPTION,
+        "two.png": several, "two.jpg": several, "alone.txt": "no image", "gone/1.png": "no image"}
 
 
 @pytest.mark.parametrize("content, captions", [
@@ -2549,36 +2504,23 @@ def test_captions_of_any_encoding(content, captions):
 # ---- Images ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode, kind", [
-    ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("CMYK", "JPEG"),
-    ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "WEBP")])
+    ("RGB", "PNG"), ("L", "TIFF"), ("P", "GIF"), ("LA", "PNG"), ("CMYK", "JPEG"), ("RGB", "BMP")])
 def test_all_kinds_of_images(mode, kind):
-    out = io.BytesIO()
-    Image.new("RGB", (50, 90), (120, 120, 120)).convert(mode).save(out, kind)
-    pixels, window = data.read_image(out.getvalue())
+    pixels, window = data.read_image(saved(Image.new(mode, (50, 90)), kind))
     assert pixels.shape == (76, 76, 3) and pixels.dtype == np.uint8
-    assert window == (0, 0, 50, 90) and 115 < pixels.mean() < 125
+    assert window == (0, 0, 50, 90) and set(pixels.ravel()) <= {0, 255}
 
 
 def test_transparent_is_white_and_a_phones_photograph_upright():
-    out = io.BytesIO()
-    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(out, "PNG")
-    assert data.read_image(out.getvalue())[0].min() == 255
+    clear = saved(Image.new("RGBA", (9, 9), (0, 0, 0, 0)), "PNG")
+    assert data.read_image(clear)[0].min() == 255
 
     tag = Image.Exif()
     tag[0x0112] = 6                                         # "turn me a quarter clockwise"
-    lying = np.zeros((80, 200, 3), np.uint8)
-    lying[:, :100] = (250, 0, 0)                            # red at the left; upright: above
-    out = io.BytesIO()
-    Image.fromarray(lying).save(out, "JPEG", exif=tag)
-    upright = data.read_image(out.getvalue())[0]
-    assert upright[:30, :, 0].min() > 200
-    assert upright[46:, :, 0].max() < 50
-
-
-def image_of(mode):
-    out = io.BytesIO()
-    Image.new(mode, (9, 9)).save(out, "TIFF")
-    return out.getvalue()
+    lying = Image.new("RGB", (200, 80))
+    lying.paste("red", (0, 0, 100, 80))                     # red at the left; upright: above
+    upright = data.read_image(saved(lying, "JPEG", exif=tag))[0]
+    assert upright[:30, :, 0].min() > 200 and upright[46:, :, 0].max() < 50
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"    # a program
@@ -2587,7 +2529,7 @@ HUGE = b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 9000, 9000, 1, 24, 
 
 @pytest.mark.parametrize("content, message", [
     (b"", "read"), (b"GIF89a", "read"), (jpeg()[:200], "read"), (POSTSCRIPT, "cannot read"),
-    (HUGE, "too many"), (image_of("I;16"), "more than 8 bits"), (image_of("F"), "more than 8")])
+    (HUGE, "too many"), (saved(Image.new("I;16", (9, 9)), "PNG"), "more than 8 bits")])
 def test_no_image(content, message):
     with pytest.raises(ValueError, match=message):
         data.read_image(content)
@@ -2595,65 +2537,41 @@ def test_no_image(content, message):
 
 # ---- Archives --------------------------------------------------------------------------------
 
-def small_archive():
-    rng = random.Random(0)
-    return {"d/a.txt": b"a caption", "d/other.bin": rng.randbytes(1024), "d/b.txt": b"another"}
-
-
 @pytest.mark.parametrize("packed", [tar, zipped])
 def test_a_broken_archive_is_never_taken_for_a_whole_one(here, packed):
-    path = packed(here / "it", small_archive())
+    rng = random.Random(0)
+    files = {"d/a.txt": b"a caption", "d/b.bin": rng.randbytes(1000), "d/c.txt": b"another"}
+    path = packed(here / "it", files)
     folder = data.unpack(path, here / "whole")
-    assert {name: (folder / name).read_bytes() for name in data.names_below(folder)} == \
-        small_archive()
+    assert {name: (folder / name).read_bytes() for name in data.names_below(folder)} == files
 
     content = path.read_bytes()
-    rng = random.Random(1)
     broken = [content[:cut] for cut in range(len(content))]
-    for _ in range(300):                                    # one bit, anywhere in the contents
-        at = rng.randrange(40, len(content) - 400)
-        broken.append(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) +
-                      content[at + 1:])
-    accepted = 0
+    for _ in range(300):                                    # one bit of d/b.bin
+        at = len(content) // 2 + rng.randrange(-300, 300)
+        bit = bytes([content[at] ^ 1 << rng.randrange(8)])
+        broken.append(content[:at] + bit + content[at + 1:])
     for number, part in enumerate(broken):
         path.write_bytes(part)
-        try:
-            accepted += data.unpack(path, here / str(number)) is None or number < len(content)
-        except data.UserError as error:
-            assert "\n" not in str(error) and "fetch" not in str(error)
-    assert accepted == 0
+        with pytest.raises(data.UserError, match="damaged, or only a part") as error:
+            data.unpack(path, here / f"broken {number}")
+        assert "\n" not in str(error.value)
     TALLY["broken inputs tried"] += len(broken)
 
 
-@pytest.mark.parametrize("name", [
-    "../outside.txt", "/tmp/outside.txt", "a/../../outside.txt", "C:\\outside.txt"])
 @pytest.mark.parametrize("packed", [tar, zipped])
-def test_names_that_lead_outside_stay_inside(here, name, packed):
-    path = packed(here / "it", {name: b"x", "good.txt": b"y"})
-    folder = data.unpack(path, here / "new/inside")
-    assert (folder / "good.txt").read_bytes() == b"y"
-    files = [file for file in here.rglob("*") if file.is_file()]
-    assert {file for file in files if folder not in file.parents} == {path}
-    assert not Path("/tmp/outside.txt").exists()
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_members_that_are_no_plain_files_are_not_followed(here, kind):
-    info = tarfile.TarInfo("x.jpg")
-    info.type = kind
-    info.linkname = "/etc/passwd"
-    with tarfile.open(here / "links", "w:gz") as made:
-        made.addfile(info)
-    assert data.names_below(data.unpack(here / "links", here / "out")) == []
-
-
-def test_archive_bombs_are_bounded(here, monkeypatch):
+def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, packed, monkeypatch):
     monkeypatch.setattr(data, "MAX_TOTAL", 30_000)
-    for packed in (tar, zipped):
-        data.unpack(packed(here / "it", {"x": bytes(9_000)}), here / "out")
-        path = packed(here / "bomb", {"x": bytes(20_000), "y": bytes(20_000)})
-        with pytest.raises(data.UserError, match="too large"):
-            data.unpack(path, here / "none")
+    names = ["good.txt", "../1.txt", "/tmp/2.txt", "a/../../3.txt"]
+    path = packed(here / "it", {name: b"x" for name in names})
+    data.unpack(path, here / "out/side")
+    assert {file for file in here.rglob("*.txt") if file.parents[0] != here / "out/side"} <= {
+        here / "out/side/tmp/2.txt", here / "out/side/a/3.txt"}
+    assert not Path("/tmp/2.txt").exists() and (here / "out/side/good.txt").exists()
+
+    bomb = packed(here / "bomb", {"x": bytes(20_000), "y": bytes(20_000)})
+    with pytest.raises(data.UserError, match="too large"):
+        data.unpack(bomb, here / "none")
     assert not (here / "none").exists()
 
 
@@ -2661,23 +2579,15 @@ def test_archive_bombs_are_bounded(here, monkeypatch):
 
 @pytest.fixture
 def web(here, monkeypatch):
-    """CUB at a local web server: the folder of what it serves."""
-    folder = here / "web"
-    folder.mkdir()
-    CUB_LAYOUTS["archives"](folder, *cub_files())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *args: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    """A folder from which cub is fetched."""
+    (here / "web").mkdir()
+    CUB_LAYOUTS["archives"](here / "web", *cub_files())
     sources = []
-    for source, name in zip(data.CUB, ("CUB_200_2011.tgz", "cvpr2016_cub.tar.gz")):
-        content = (folder / name).read_bytes()
-        url = f"http://127.0.0.1:{server.server_address[1]}/{name}"
-        sources.append(source._replace(url=url, sha256=hashlib.sha256(content).hexdigest()))
+    for name in ("CUB_200_2011.tgz", "cvpr2016_cub.tar.gz"):
+        sha256 = hashlib.sha256((here / "web" / name).read_bytes()).hexdigest()
+        sources.append(data.Source(name, (here / "web" / name).as_uri(), sha256))
     monkeypatch.setitem(data.DATASETS, "cub", data.DATASETS["cub"]._replace(sources=sources))
-    yield folder
-    server.shutdown()
-    server.server_close()
+    return here / "web"
 
 
 def test_what_is_not_there_is_fetched_once(web):
@@ -2698,40 +2608,30 @@ def test_what_cannot_be_fetched_whole_is_not_kept(web, spoil):
     assert [path.name for path in Path("cache/downloads").iterdir()] == ["CUB_200_2011.tgz"]
 
 
-def test_a_row_without_address_needs_from(here, monkeypatch):
-    row = data.Entry(data.DATASETS["cub"].build, [data.Source("i.tgz"), data.Source("c.tgz")])
-    monkeypatch.setitem(data.DATASETS, "dogs", row)
-    with pytest.raises(data.UserError, match="dogs comes from files in --from DIR.*i.tgz"):
-        data.load("dogs")
-
-
-def test_a_cache_is_built_again_where_code_or_files_change(here, monkeypatch):
-    mine = own_folder(here / "mine")
+@pytest.mark.parametrize("old, new, changes", [
+    ("class Batches", "class Batch", False), ("def save_checkpoint", "def save", False),
+    ("COLOURS = {", "COLOURS  = {", True), ("def build_folder", "def build", True),
+    ("def read_image(", "def image(", True), ("    write_atomically(path", "    #", True)])
+def test_a_cache_depends_on_the_code_that_builds_it(here, monkeypatch, old, new, changes):
     code = data.building_code()
-    name = data.__file__
-    text = Path(name).read_text()
-    for old, new, changes in (
-            ("class Batches", "class Batch", False), ("def save_checkpoint", "def save", False),
-            ("COLOURS = {", "COLOURS  = {", True), ("def build_folder", "def build", True),
-            ("def read_image(", "def image(", True), ("    write_atomically(path", "    #", True)):
-        changed = here / "changed.py"
-        changed.write_text(text.replace(old, new))
-        monkeypatch.setattr(data, "__file__", str(changed))
-        assert (data.building_code() != code) == changes, old
+    text = Path(data.__file__).read_text()
+    (here / "changed.py").write_text(text.replace(old, new))
+    monkeypatch.setattr(data, "__file__", "changed.py")
+    assert (data.building_code() != code) == changes
     monkeypatch.setattr(data, "IMAGE_SIZE", 152)
     assert data.building_code() != code
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
 
-    def first_caption_and_stamp():
-        caption = data.load("mine").captions[0][0]
+
+def test_a_cache_depends_on_its_files(here):
+    text = own_folder(here / "mine") / "kind0/p0.txt"
+    times = []
+    for content in (None, None, "another colour"):
+        if content:
+            text.write_text(content)
+        assert data.load("mine").captions[0][0] == (content or "colour 0")
         cache, = Path("cache").glob("*.npz")                # an older one is gone
-        return caption, cache.stat().st_mtime_ns
-
-    caption, stamp = first_caption_and_stamp()
-    assert first_caption_and_stamp() == (caption, stamp)    # not built again
-    (mine / "kind0/p0.txt").write_text("another colour")
-    assert first_caption_and_stamp()[0] == "another colour"
+        times.append(cache.stat().st_mtime_ns)
+    assert times[0] == times[1] != times[2]                 # the second time it was not built
 
 
 @pytest.mark.parametrize("size", [0, 1000, -30])
@@ -2744,23 +2644,17 @@ def test_a_damaged_cache_is_named(here, size):
 
 
 def test_two_folders_of_one_name_do_not_share(here):
-    a = own_folder(here / "x/mine")
-    b = own_folder(here / "y/mine", classes=5)
-    assert data.short_name(str(a)) != data.short_name(str(b))
-    assert data.short_name(str(a)) == data.short_name("x/mine")
-    assert len(data.load(str(a)).class_names) == 4
-    assert len(data.load(str(b)).class_names) == 5
-    assert len(data.load(str(a)).class_names) == 4
+    for folder, classes in (("x/mine", 4), ("y/mine", 5), ("x/mine", 4)):
+        own_folder(here / folder, classes)
+        assert len(data.load(folder).class_names) == classes
     odd = data.short_name(str(here / ("ö $x\n" * 60)))
     assert len(odd) < 60 and odd.isprintable() and "/" not in odd
-    assert data.short_name("cub-box") == "cub-box"
 
 
 def test_the_digest_is_that_of_the_content(here):
     ds = small_data(here)
     shutil.copytree("mine", "elsewhere")
     assert data.load("elsewhere").digest() == ds.digest()
-    assert len(ds.digest()) == 16
     others = [
         dataclasses.replace(ds, captions=[["another caption"], *ds.captions[1:]]),
         dataclasses.replace(ds, unseen_classes=~ds.unseen_classes),
@@ -2792,46 +2686,32 @@ def test_processes_prepare_at_once(here):
 # ---- Grids, plots ----------------------------------------------------------------------------
 
 def test_image_grid_puts_every_image_in_its_place():
-    rows = []
-    for i in range(2):
-        rows.append([np.full((10, 20, 3), 40 * i + 10 * j, np.uint8) for j in range(3)])
-    assert np.asarray(data.image_grid(rows, scale=2)).shape == (2 * 22, 3 * 42, 3)
-
-    texts = ["a text", "x\x1b[31m\ud800 \n" * 99]
-    page = np.asarray(data.image_grid(rows, texts, ["one", "two", "three"]))
-    assert page.shape == (22 + 2 * 12, 230 + 3 * 22, 3)
-    for i, j in np.ndindex(2, 3):
-        top = 22 + 12 * i
-        left = 230 + 22 * j
-        assert (page[top:top + 10, left:left + 20] == 40 * i + 10 * j).all()
-    assert (page[:22] < 100).any()                          # the titles are written
-    assert (page[22:32, :230] < 100).any()                  # and the text
+    rows = [[np.full((10, 20, 3), level, np.uint8) for level in row] for row in ([0, 40], [80, 90])]
+    page = np.asarray(data.image_grid(rows, ["a", "\x1b\ud800 \n" * 99], ["one", "two"], scale=2))
+    assert page.shape == (22 + 2 * 22, 230 + 2 * 42, 3)
+    for i, j in np.ndindex(2, 2):
+        image = page[22 + 22 * i:, 230 + 42 * j:][:20, :40]
+        assert (image == rows[i][j][0, 0]).all()
+    assert (page[:22, 230:] < 100).any() and (page[22:, :230] < 100).any()      # the words
 
 
 def test_plot_draws_the_lines(here):
-    panel = {
-        "rising": ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
-        "level": (torch.arange(5), torch.full((5,), 2.0)),
-        "one point": ([1], [1]),
-        "none": ([], [])}
+    panel = {"black": ([0, 4], [0, 4]), "red": (torch.arange(5), torch.full((5,), 2.0)),
+             "one point": ([1], [1]), "none": ([], [])}
     data.plot([panel, {"zero": ([0, 0], [0, 0])}], here / "out/plot.png", size=300)
-    pixels = np.asarray(Image.open("out/plot.png"))
+    pixels = np.asarray(Image.open("out/plot.png")).astype(int)
     assert pixels.shape == (300, 600, 3)
-    black = np.argwhere((pixels[120:, 50:280] < 50).all(2))                 # the first line
-    assert np.corrcoef(black.T)[0, 1] < -0.95                               # rises
-    red = np.argwhere((pixels[90:260, 50:280] == (255, 0, 0)).all(2))       # the second
-    assert np.ptp(red[:, 0]) <= 2 and np.ptp(red[:, 1]) > 200               # is level
+    y, x = np.argwhere((pixels[90:260, 50:280] == (255, 0, 0)).all(2)).T
+    assert np.ptp(y) <= 2 and np.ptp(x) > 200               # level
+    y, x = np.argwhere((pixels[120:, 50:280] < 50).all(2)).T
+    assert np.corrcoef(x, y)[0, 1] < -0.95                  # rising
 
 
 def test_save_image_knows_its_endings(here):
-    image = Image.new("RGB", (4, 4), "red")
-    for name in ("a.png", "b.JPG", "c.webp"):
-        data.save_image(image, here / name)
-        assert Image.open(name).size == (4, 4)
-    for name in ("x.exe", "x", "x.mp4"):
-        with pytest.raises(data.UserError, match="image file"):
-            data.save_image(image, here / name)
-        assert not (here / name).exists()
+    for name in ("x.exe", "x", "x.mp4", "a.JPG"):
+        with contextlib.suppress(data.UserError):
+            data.save_image(Image.new("RGB", (4, 4), "red"), here / name)
+    assert [path.name for path in here.iterdir()] == ["a.JPG"]
 
 
 # ---- Files that are written ------------------------------------------------------------------
@@ -2846,15 +2726,6 @@ def test_atomic_writes(here):
         data.write_atomically(here / "x", fail)
     assert (here / "x").read_bytes() == b"whole"
     assert len(list(here.iterdir())) == 1
-
-
-def test_a_checkpoint_comes_back(here):
-    content = dict(kind="encoder", settings=dict(steps=3, name="é"), history=[1.5, None],
-                   phi=dict(w=torch.randn(3, 4), n=torch.tensor(7)))
-    data.save_checkpoint(here / "a/x.pt", **content)
-    again = data.load_checkpoint(here / "a/x.pt", "encoder")
-    assert again.pop("format") == data.FORMAT == 1
-    assert same(again, content)
 
 
 def checkpoint_bytes(content):
@@ -2886,37 +2757,21 @@ def test_no_checkpoint(here, content, kind, message):
 def test_load_network_makes_no_memory_for_what_does_not_fit():
     half = {key: value.half() for key, value in nn.Linear(3, 2).state_dict().items()}
     net = data.load_network(lambda: nn.Linear(3, 2), half)
-    assert net.weight.dtype == torch.float32
     assert torch.equal(net.weight, half["weight"].float())
     with pytest.raises(data.UserError, match="run.pt does not fit"):
         with data.checkpoint_errors("run.pt"):
             data.load_network(lambda: nn.Linear(10 ** 9, 10 ** 6), half)    # would have 4,000 TB
-    with pytest.raises(data.UserError, match="as it was"):
-        with data.checkpoint_errors("run.pt"):
-            raise data.UserError("as it was")
 
 
 # ---- Devices, precision ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["mps", "toaster", "meta", "cuda:99", "xpu", ""])
-def test_a_device_that_is_not_here_is_refused_in_one_line(name):
+def test_devices(name):
+    assert data.pick_device("cpu") == torch.device("cpu")
+    assert data.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(data.UserError, match="expected auto, cpu|cannot be used") as error:
         data.pick_device(name)
     assert "\n" not in str(error.value)
-
-
-def test_devices(monkeypatch):
-    assert data.pick_device("cpu") == torch.device("cpu")
-    assert data.pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-    # A driver that names a card which cannot be used.
-    def broken(*args, **options):
-        raise RuntimeError("CUDA driver is too old\nlong explanation")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", broken)
-    with pytest.raises(data.UserError, match="cuda cannot be used: CUDA driver is too old$"):
-        data.pick_device()
 
 
 @pytest.mark.parametrize("fp32, bf16, expected", [
@@ -2924,30 +2779,23 @@ def test_devices(monkeypatch):
     (5e-3, 10e-3, "fp32"),
     (10e-3, 9.5e-3, "fp32")])
 def test_auto_precision_takes_what_was_measured(monkeypatch, fp32, bf16, expected):
-    seconds = dict(fp32=fp32, bf16=bf16)
     monkeypatch.setattr(data, "cpu_has_bf16", lambda: True)
-    monkeypatch.setattr(data, "time_convolution", lambda precision: seconds[precision])
+    monkeypatch.setattr(data, "time_convolution", dict(fp32=fp32, bf16=bf16).get)
     lines = []
     assert data.pick_precision("cpu", log=lines.append) == expected
     assert f"{expected}: " in lines[0] and f"{1000 * bf16:.1f} ms in bf16" in lines[0]
 
 
 def test_precision_without_a_measurement(monkeypatch):
-    monkeypatch.setattr(data, "time_convolution", None)
-    for name in ("fp32", "bf16", "fp16"):
-        assert data.pick_precision("cpu", name) == name                     # as asked
     monkeypatch.setattr(data, "cpu_has_bf16", lambda: False)
-    assert data.pick_precision("cpu") == "fp32"
+    for name, precision in (("auto", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
+        assert data.pick_precision("cpu", name) == precision
     for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert data.pick_precision(torch.device("cuda")) == expected
-
-
-def test_the_measurement_draws_no_random_numbers():
+        assert data.pick_precision("cuda") == expected
     before = torch.get_rng_state()
-    with torch.no_grad():
-        assert data.time_convolution("fp32") > 0
-    assert torch.equal(torch.get_rng_state(), before)
+    assert data.time_convolution("fp32") > 0
+    assert torch.equal(torch.get_rng_state(), before)       # the measurement draws no numbers
 
 
 def test_autocast_and_scaler():
@@ -4015,7 +3863,7 @@ def test_data_on_its_own(here, capsys):
     assert call(data, "--dataset", "mine") == 0
     out = capsys.readouterr().out
     assert "12 images, 24 captions" in out and "has 12 lines" in out
-    assert "unseen, never trained on: 3 images of 1 class" in out
+    assert "unseen, never trained on: 3 images, classes: 1" in out
     sheet = Image.open(f"cache/{data.short_name('mine')}.png")
     assert sheet.height == 4 * 78
 
