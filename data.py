@@ -504,7 +504,7 @@ def build_folder(folder):
     texts = read_texts(folder)
 
     def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in "kind"
-        parts = path.split("/")[:-1]
+        parts = Path(path).parent.parts
         return "/".join(part for part in parts if part.lower() not in IMAGES_OR_TEXTS)
 
     for table in names_below(folder, r"(^|/)metadata\.(csv|jsonl)$"):
@@ -591,7 +591,7 @@ def csv_entries(text):
     return [dict(zip(header, row)) for row in rows]
 
 
-# ---- The table of data sets -------------------------------------------------------------------
+# ---- The table of data sets ------------------------------------------------------------------
 # A new data set is a row here, and where it is laid out otherwise a builder. It gets the folders of
 # the images and of the captions (archives come unpacked), and returns Examples, the names of the
 # unseen classes, and a line for each thing left out. It reads nothing else: a cache is built again
@@ -599,8 +599,8 @@ def csv_entries(text):
 # than by default:  python encoder.py --dataset NAME --from DIR --steps 6000
 Entry = namedtuple("Entry", "build sources", defaults=[()])
 # names: what the images or the captions may be called, packed or unpacked. url: where they come
-# from if none is there; without it --from DIR is needed. sha256: of that file.
-Source = namedtuple("Source", "names url sha256", defaults=("", None))
+# from if none is there, sha256: of that file.
+Source = namedtuple("Source", "names url sha256", defaults=[None])
 
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 CUB = [
@@ -631,10 +631,10 @@ def find_files(name, source):
     paths = []
     for names, url, sha256 in DATASETS[name].sources:
         there = [folder / file for file in names.split() if (folder / file).exists()]
-        if not there and (source or not url):
-            raise UserError(f"{name} comes from files in --from DIR, and {folder} has none of "
-                            f"{', '.join(names.split())}")
-        paths.append((there or [fetch(url, sha256, folder)])[0].resolve())
+        if source and not there:
+            raise UserError(f"{folder} has none of {', '.join(names.split())}, which {name} needs")
+        path = there[0] if there else fetch(url, sha256, folder)
+        paths.append(path.resolve())
     return paths
 
 
@@ -746,12 +746,12 @@ def plain(name):
 
 def plain_stem(path):
     """.../013.Bobolink/Wing_1.jpg -> wing_1"""
-    return plain(posixpath.splitext(posixpath.basename(path))[0])
+    return plain(Path(path).stem)
 
 
 def last_folder(path):
-    """.../013.Bobolink/1.jpg -> 013.Bobolink"""
-    return posixpath.basename(posixpath.dirname(path))
+    """.../013.Bobolink/Wing_1.jpg -> 013.Bobolink"""
+    return Path(path).parent.name
 
 
 def read_bounded(path):
@@ -920,9 +920,10 @@ def prepare(path, name, paths):
         skipped = [printable(line) for line in skipped]
         if not examples:
             found = "; ".join(map(kinds_of_files, paths, folders))
-            raise UserError(f"{name}: no image with a caption. {found}. Expected for each NAME.jpg "
-                            "a NAME.txt with a caption a line, or for data of your own a "
-                            f"metadata.csv (README, \"Data\"). {skipped[0] if skipped else ''}")
+            first = f" ({skipped[0]})" if skipped else ""
+            raise UserError(f"{name}: no image with a caption{first}. {found}. Expected for each "
+                            "NAME.jpg a NAME.txt with a caption a line, or for data of your own a "
+                            "metadata.csv (README, \"Data\")")
 
     # From a list of examples to a list of each of their fields.
     pixels, captions, labels, rows, boxes, keypoints = zip(*examples)
@@ -946,7 +947,7 @@ def kinds_of_files(path, folder):
     """What is there in place of images and captions: birds.zip has 1 .pickle (captions.pickle)."""
     kinds = {}
     for name in names_below(folder):
-        kinds.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
+        kinds.setdefault(Path(name).suffix.lower(), []).append(name)
     counts = [f"{len(names):,} {kind} ({names[0]})" for kind, names in kinds.items()]
     return printable(f"{path.name} has {', '.join(counts[:8]) or 'no files'}")
 
