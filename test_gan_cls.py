@@ -2270,44 +2270,34 @@ def test_toy_bird_for_a_caption_has_what_it_names_and_the_rest_at_random():
 
 # ---- CUB and Oxford-102 ----------------------------------------------------------------------
 
-def below(folder, files, known):
-    """{folder + the rest of the name: content} of the files whose names go on behind `known`."""
-    found = {}
-    for name, content in files.items():
-        if known in name:
-            found[folder + name.split(known)[1]] = content
-    return found
+def packed(path, files):
+    """A folder, a .zip or a .tar.gz of files, {name: bytes}, by the ending. Returns the path."""
+    return {".zip": zipped, ".gz": tar, ".tgz": tar}.get(path.suffix, unpacked)(path, files)
 
 
-def flat(files):
-    return {"captions/" + name.split("/")[1]: text for name, text in files.items()}
+def write_cub(folder, images_as, captions_as, text):
+    """CUB, its images and captions packed, and captions named as in a layout, with the pattern
+    `text`. The authors' lists of classes are in their own layout only."""
+    images, captions = cub_files()
+    texts = {}
+    for name, content in captions.items():
+        kind, file = name.split("/")[-2:]
+        if "classes" not in file or "cvpr" in text:
+            texts[name if "classes" in file else text.format(kind=kind, file=file)] = content
+    packed(folder / images_as, images)
+    packed(folder / captions_as, texts)
 
 
-# How images and captions are written into a folder.
-CUB_LAYOUTS = {
-    "archives": lambda folder, images, captions: [
-        tar(folder / "CUB_200_2011.tgz", images), tar(folder / "cvpr2016_cub.tar.gz", captions)],
-    "unpacked": lambda folder, images, captions: unpacked(folder, {**images, **captions}),
-    "dotted names": lambda folder, images, captions: [
-        tar(folder / "CUB_200_2011.tgz", {"./" + name: images[name] for name in images}),
-        unpacked(folder, captions)],
-    "caption-data": lambda folder, images, captions: [
-        unpacked(folder, images),
-        zipped(folder / "caption-data-cub-v1.0.0.zip", flat(below("", captions, "text_c10/")))],
-    "AttnGAN": lambda folder, images, captions: [
-        unpacked(folder, images), unpacked(folder, below("text/", captions, "text_c10/"))],
-    "DF-GAN": lambda folder, images, captions: [
-        unpacked(folder, images),
-        zipped(folder / "birds.zip", below("birds/text/", captions, "text_c10/"))],
-    "outlines": lambda folder, images, captions: unpacked(folder, {
-        **images, **captions, **{name.replace("images/", "segmentations/")[:-3] + "png": b"dark"
-                                 for name in images if name.endswith("jpg")}}),
-}
-
-
-@pytest.mark.parametrize("layout", CUB_LAYOUTS)
+@pytest.mark.parametrize("layout", [
+    ("CUB_200_2011.tgz", "cvpr2016_cub.tar.gz", "./cvpr2016_cub/text_c10/{kind}/{file}"),
+    ("", "", "cvpr2016_cub/text_c10/{kind}/{file}"),
+    ("", "caption-data-cub-v1.0.0.zip", "captions/{file}"),
+    ("", "", "text/{kind}/{file}"),                             # AttnGAN's
+    ("", "birds.zip", "birds/text/{kind}/{file}")])             # DF-GAN's
 def test_every_layout_of_cub_gives_the_same(here, layout):
-    CUB_LAYOUTS[layout](here, *cub_files())
+    write_cub(here, *layout)
+    outline = {"CUB_200_2011/segmentations/001.Albatross/Albatross_0000.png": b"dark"}
+    unpacked(here, outline)                                     # is no photograph
     ds = data.load("cub", here)
     check_form(ds, 12, 4, 2)
     check_colours(ds)
@@ -2424,11 +2414,10 @@ OWN_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("packed", [unpacked, zipped, tar])
+@pytest.mark.parametrize("name", ["mine", "mine.zip", "mine.tar.gz"])
 @pytest.mark.parametrize("layout", OWN_LAYOUTS)
-def test_every_layout_of_an_own_folder_gives_the_same(here, layout, packed):
-    ending = {unpacked: "", zipped: ".zip", tar: ".tgz"}[packed]
-    ds = data.load(str(packed(here / f"mine{ending}", OWN_LAYOUTS[layout])))
+def test_every_layout_of_an_own_folder_gives_the_same(here, layout, name):
+    ds = data.load(str(packed(here / name, OWN_LAYOUTS[layout])))
     check_form(ds, 8, 4, 1)
     check_colours(ds)
     assert [name.lower() for name in ds.class_names] == ["kind0", "kind1", "kind2", "kind3"]
@@ -2537,11 +2526,11 @@ def test_no_image(content, message):
 
 # ---- Archives --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("packed", [tar, zipped])
-def test_a_broken_archive_is_never_taken_for_a_whole_one(here, packed):
+@pytest.mark.parametrize("name", ["it.zip", "it.tgz"])
+def test_a_broken_archive_is_never_taken_for_a_whole_one(here, name):
     rng = random.Random(0)
     files = {"d/a.txt": b"a caption", "d/b.bin": rng.randbytes(1000), "d/c.txt": b"another"}
-    path = packed(here / "it", files)
+    path = packed(here / name, files)
     folder = data.unpack(path, here / "whole")
     assert {name: (folder / name).read_bytes() for name in data.names_below(folder)} == files
 
@@ -2559,17 +2548,17 @@ def test_a_broken_archive_is_never_taken_for_a_whole_one(here, packed):
     TALLY["broken inputs tried"] += len(broken)
 
 
-@pytest.mark.parametrize("packed", [tar, zipped])
-def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, packed, monkeypatch):
+@pytest.mark.parametrize("name", ["it.zip", "it.tgz"])
+def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, name, monkeypatch):
     monkeypatch.setattr(data, "MAX_TOTAL", 30_000)
     names = ["good.txt", "../1.txt", "/tmp/2.txt", "a/../../3.txt"]
-    path = packed(here / "it", {name: b"x" for name in names})
+    path = packed(here / name, dict.fromkeys(names, b"x"))
     data.unpack(path, here / "out/side")
     assert {file for file in here.rglob("*.txt") if file.parents[0] != here / "out/side"} <= {
         here / "out/side/tmp/2.txt", here / "out/side/a/3.txt"}
     assert not Path("/tmp/2.txt").exists() and (here / "out/side/good.txt").exists()
 
-    bomb = packed(here / "bomb", {"x": bytes(20_000), "y": bytes(20_000)})
+    bomb = packed(here / name, {"x": bytes(20_000), "y": bytes(20_000)})
     with pytest.raises(data.UserError, match="too large"):
         data.unpack(bomb, here / "none")
     assert not (here / "none").exists()
@@ -2581,7 +2570,7 @@ def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, packed, mon
 def web(here, monkeypatch):
     """A folder from which cub is fetched."""
     (here / "web").mkdir()
-    CUB_LAYOUTS["archives"](here / "web", *cub_files())
+    write_cub(here / "web", "CUB_200_2011.tgz", "cvpr2016_cub.tar.gz", "{kind}/{file}")
     sources = []
     for name in ("CUB_200_2011.tgz", "cvpr2016_cub.tar.gz"):
         sha256 = hashlib.sha256((here / "web" / name).read_bytes()).hexdigest()
@@ -2686,7 +2675,8 @@ def test_processes_prepare_at_once(here):
 # ---- Grids, plots ----------------------------------------------------------------------------
 
 def test_image_grid_puts_every_image_in_its_place():
-    rows = [[np.full((10, 20, 3), level, np.uint8) for level in row] for row in ([0, 40], [80, 90])]
+    a, b, c, d = [np.full((10, 20, 3), level, np.uint8) for level in (0, 40, 80, 90)]
+    rows = [[a, b], [c, d]]
     page = np.asarray(data.image_grid(rows, ["a", "\x1b\ud800 \n" * 99], ["one", "two"], scale=2))
     assert page.shape == (22 + 2 * 22, 230 + 2 * 42, 3)
     for i, j in np.ndindex(2, 2):
