@@ -661,7 +661,7 @@ MAX_TOTAL = 8 << 30             # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000         # width x height of one image
 MAX_CAPTIONS = 100              # of one image; more are left out
 NO_CAPTION = "no caption"
-# The last four are not read. They count as images, so that they are listed as skipped.
+# Not all of these can be read. They count as images, so that they are listed as skipped.
 IMAGE_NAMES = r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|heif|jxl)$"
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program that would be run
 
@@ -694,7 +694,8 @@ def unpack(path, folder):
 
 
 def unpack_tar(path, folder):
-    # To its end first, where the checksum is: a broken-off one may look like one of fewer files.
+    """Unpack the plain files of a .tar.gz. It is read to its end first, where the checksum is: one
+    that is broken off may look like one of fewer files."""
     with gzip.open(path) as f:
         if f.seek(MAX_TOTAL + 1) > MAX_TOTAL:
             raise ValueError("too large")
@@ -866,8 +867,8 @@ def load(name, source=None):
             prepare(path, name, paths)
     ds = read_cache(path, name)
     if ds.skipped:
-        print(f"{name}: {len(ds.images):,} images are used. {skipped_file(name)} has "
-              f"{len(ds.skipped):,} lines on what is not; the last: {ds.skipped[-1]}")
+        print(f"{name}: {len(ds.images):,} images are used, {len(ds.skipped):,} things are not: "
+              f"see {skipped_file(name)}. The last one: {ds.skipped[-1]}")
     return ds
 
 

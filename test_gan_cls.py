@@ -2469,7 +2469,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(here, capsys):
     for _ in range(2):                                      # built, and read again
         ds = data.load(str(mine))
         listed, = Path("cache").glob("own-mine-*-skipped.txt")
-        assert f"{listed} has 7 lines" in capsys.readouterr().out
+        assert f"7 things are not: see {listed}" in capsys.readouterr().out
         assert listed.read_text().splitlines() == ds.skipped
     check_form(ds, 12, 4, 1)
     several = "several images have this name, so no caption"
@@ -3852,7 +3852,7 @@ def test_data_on_its_own(here, capsys):
     unpacked(here / "mine", {f"kind0/bare{i}.png": jpeg() for i in range(12)})
     assert call(data, "--dataset", "mine") == 0
     out = capsys.readouterr().out
-    assert "12 images, 24 captions" in out and "has 12 lines" in out
+    assert "12 images, 24 captions" in out and "12 things are not" in out
     assert "unseen, never trained on: 3 images, classes: 1" in out
     sheet = Image.open(f"cache/{data.short_name('mine')}.png")
     assert sheet.height == 4 * 78
