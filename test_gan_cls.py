@@ -2551,12 +2551,12 @@ def test_a_broken_archive_is_never_taken_for_a_whole_one(here, name):
 @pytest.mark.parametrize("name", ["it.zip", "it.tgz"])
 def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, name, monkeypatch):
     monkeypatch.setattr(data, "MAX_TOTAL", 30_000)
-    names = ["good.txt", "../1.txt", "/tmp/2.txt", "a/../../3.txt"]
+    names = ["good.txt", "../1.txt", f"{here}/2.txt", "a/../../3.txt"]
     path = packed(here / name, dict.fromkeys(names, b"x"))
     data.unpack(path, here / "out/side")
-    assert {file for file in here.rglob("*.txt") if file.parents[0] != here / "out/side"} <= {
-        here / "out/side/tmp/2.txt", here / "out/side/a/3.txt"}
-    assert not Path("/tmp/2.txt").exists() and (here / "out/side/good.txt").exists()
+    assert (here / "out/side/good.txt").exists()
+    files = [file for file in here.rglob("*.txt") if here / "out/side" not in file.parents]
+    assert files == []
 
     bomb = packed(here / name, {"x": bytes(20_000), "y": bytes(20_000)})
     with pytest.raises(data.UserError, match="too large"):
