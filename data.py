@@ -8,40 +8,38 @@
     FOLDER   your own images with captions, as a folder or a .zip file. See `build_folder`.
 
 The rest of the code sees a `Dataset`: images, captions, a class for each image, and classes that
-are never trained on. It is built once, kept in the folder cache/, and memory-mapped from there.
+are never trained on. `load` builds it once and keeps it in the folder cache/.
 
     python data.py --dataset toy                         # prepare, report, draw a contact sheet
     python data.py --dataset cub --from ~/Downloads      # with files that you fetched by hand
 """
 
 import argparse
-import bz2
 import contextlib
 import csv
-import dataclasses
+import difflib
+import glob
 import gzip
 import hashlib
-import http.client
 import io
 import json
-import lzma
 import os
 import posixpath
 import random
 import re
 import shutil
+import socket
 import sys
 import tarfile
 import tempfile
 import textwrap
 import time
-import urllib.error
-import urllib.request
-import warnings
+import unicodedata
 import zipfile
-from collections import deque, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +50,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 IMAGE_SIZE = 76         # images are kept at 76x76, as in the authors' code ...
 CROP = 64               # ... and the networks see a random 64x64 window ([A] section 5)
 CACHE = Path("cache")
-CACHE_FORMAT = 2        # raise it when the files of a cache are others than before
 KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]    # of [A] section 5.2
 
 
@@ -60,7 +57,7 @@ KEYPOINTS = ["beak", "belly", "breast", "crown", "forehead", "tail"]    # of [A]
 class Dataset:
     """A data set as all other files see it. N images of C classes."""
     name: str
-    images: np.ndarray              # (N, 76, 76, 3) uint8, memory-mapped
+    images: np.ndarray              # (N, 76, 76, 3) uint8
     captions: list                  # N lists of strings, none of them empty
     labels: np.ndarray              # (N,) the class of each image
     class_names: list               # C strings
@@ -86,59 +83,141 @@ class Dataset:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+# ---- Views of the images ---------------------------------------------------------------------
+def image_tensor(ds, device="cpu"):
+    """All images of a data set as one uint8 tensor (N, 76, 76, 3). On a CPU it shares their memory:
+    never write to it."""
+    return torch.from_numpy(ds.images).to(device)
+
+
+def crops(images, index, dy, dx, flip):
+    """Windows of many images at once. images (N, 76, 76, 3) uint8; index, dy, dx (B,) int and
+    flip (B,) bool on the same device -> (B, 3, 64, 64) float32 in [-1, 1], channels last in
+    memory."""
+    steps = torch.arange(CROP, device=images.device)
+    rows = dy[:, None] + steps                                              # (B, 64)
+    columns = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
+    x = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]     # (B, 64, 64, 3)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def random_crops(images, index):
+    """[A] section 5: a random view of each image, a 64x64 window, mirrored or not."""
+    B = len(index)
+    dy, dx = torch.randint(IMAGE_SIZE - CROP + 1, (2, B), device=images.device)
+    flip = torch.rand(B, device=images.device) < 0.5
+    return crops(images, index, dy, dx, flip)
+
+
+def centre_crops(images, index):
+    middle = torch.full_like(index, (IMAGE_SIZE - CROP) // 2)
+    return crops(images, index, middle, middle, torch.zeros_like(index, dtype=torch.bool))
+
+
+def to_pixels(x):
+    """(N, 3, 64, 64) in [-1, 1] -> (N, 64, 64, 3) uint8 on the CPU."""
+    x = (x.clamp(-1, 1) + 1) * 127.5
+    return x.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---- Batches: x, h, h_wrong ------------------------------------------------------------------
+def caption_starts(ds):
+    """Where each image's captions begin when all captions are laid end to end: (N + 1,) long."""
+    return torch.tensor([0] + [len(captions) for captions in ds.captions]).cumsum(0)
+
+
+def random_captions(starts, images, count=1):
+    """Draw captions of images (B,): their rows (count, B) in the list of all captions."""
+    first = starts[images]
+    number = starts[images + 1] - first
+    draw = torch.rand(count, len(images), device=images.device) * number       # below `number`
+    return first + draw.long()
+
+
+def draw_other_class(own, classes):
+    """For classes `own` (B,), numbers from 0 to classes - 1, draw another class each: (B,).
+
+    Each other one is equally likely. With 5 classes and own = 3 a step of 1, 2, 3 or 4 is drawn,
+    and 3 + step, counted around the circle (modulo 5), is 4, 0, 1 or 2."""
+    step = 1 + random_below(classes - 1, own)
+    return (own + step) % classes
+
+
+def random_below(limit, like):
+    """Whole numbers from 0 to limit - 1, as many as `like` has. limit: a number, or one each."""
+    return (torch.rand(len(like), device=like.device, dtype=torch.float64) * limit).long()
+
+
+class Batches:
+    """All that a step reads, on the device: the images as uint8 and the embedding of every
+    caption. A batch is a few gathers, so that no loader process is needed.
+
+    caption_table: (captions of all images, 1024) half. captions=(low, high): h is the mean of k
+    captions of the image, k drawn from low to high. Raises UserError if there is only one
+    training class: a wrong text comes from another class."""
+
+    def __init__(self, ds, caption_table, device, captions=(1, 1)):
+        index = ds.training_images()
+        index = index[np.argsort(ds.labels[index], kind="stable")]      # class by class
+        _, class_of, class_size = np.unique(
+            ds.labels[index], return_inverse=True, return_counts=True)
+        if len(class_size) < 2:
+            raise UserError(f"{ds.name} has images of {len(class_size)} training class: at least "
+                            "two are needed, because a wrong text comes from another class")
+        self.images = image_tensor(ds, device)
+        self.captions = captions
+        self.caption_table = caption_table.to(device)
+        self.caption_starts = caption_starts(ds).to(device)
+        self.training_images = torch.from_numpy(index).to(device)       # (n,) class by class
+        self.class_of = torch.from_numpy(class_of).to(device)           # (n,) 0 .. classes - 1
+        self.class_size = torch.from_numpy(class_size).to(device)       # (classes,)
+        self.class_start = self.class_size.cumsum(0) - self.class_size  # where each class begins
+
+    def __len__(self):
+        return len(self.training_images)
+
+    def texts(self, images):
+        """h of images (B,): the mean of k random captions of each -> (B, 1024) float32."""
+        low, high = self.captions
+        rows = random_captions(self.caption_starts, images, high)       # (high, B)
+        h = self.caption_table[rows].float()                            # (high, B, 1024)
+        if low == high:
+            return h.mean(0)
+        k = torch.randint(low, high + 1, (len(images),), device=images.device)
+        taken = torch.arange(high, device=images.device)[:, None] < k   # (high, B): the first k
+        return (h * taken[:, :, None]).sum(0) / k[:, None]
+
+    def batch(self, positions):
+        """What [A] Algorithm 1 draws for a step: x, h and h_wrong.
+
+        positions (B,) in training_images -> images, texts that describe them, and texts of a
+        random image of another class.
+        """
+        other = draw_other_class(self.class_of[positions], len(self.class_size))
+        wrong = self.class_start[other] + random_below(self.class_size[other], positions)
+        x = random_crops(self.images, self.training_images[positions])
+        h = self.texts(self.training_images[positions])
+        h_wrong = self.texts(self.training_images[wrong])
+        return x, h, h_wrong
+
+
+def example_images(ds, n=6):
+    """Indices of n images, one a class, always the same ones: of unseen classes, and where these
+    are fewer than n, of trained classes behind them. Beside these one sees whether training failed
+    or only the unseen is hard."""
+    rng = np.random.default_rng(0)
+    unseen = rng.permutation(np.flatnonzero(ds.unseen_classes))
+    classes = [*unseen, *np.flatnonzero(~ds.unseen_classes)][:n]
+    return [int(rng.choice(np.flatnonzero(ds.labels == label))) for label in classes]
+
+
+# ---- The toy birds ---------------------------------------------------------------------------
 # What a builder gives of each image: (76, 76, 3) uint8, a list of captions, the name of its class,
 # its row in a file of given features (images that are left out count), and where known its box
-# (4,) and keypoints (6, 2), in pixels of the 76x76 image: see `to_small`.
-Example = namedtuple("Example", "pixels captions label row box keypoints", defaults=(None, None))
+# (4,) and keypoints (6, 2), in pixels of the 76x76 image.
+Example = namedtuple("Example", "pixels captions label row box keypoints",
+                     defaults=(np.nan, np.nan))
 
-
-def load(name, source=None):
-    """A data set, built now or read from its cache.
-
-    name: toy, cub, cub-box, flowers, or the path of a folder or a .zip file. source: a folder
-    with the files of cub or flowers. A cache is named after all that it was made from, files and
-    code, so that a change there leads to a new cache. Raises UserError."""
-    if name not in DATASETS and not Path(name).exists():
-        raise UserError(f"unknown data set {name!r}: expected {', '.join(DATASETS)}, "
-                        "or a folder or .zip file of images with captions")
-    # paths: the files of the newest cache; none for toy, with `source`, or where there is no cache.
-    folder, paths = (None, []) if source else newest_cache(name)
-    removed = any(not path.exists() for path in paths)      # to save space, say: the cache stays
-    if not removed:
-        paths = paths or find_files(name, source)
-        build = DATASETS.get(name, OWN_FOLDER).build
-        made_from = (CACHE_FORMAT, IMAGE_SIZE, building_code(), file_stamps(paths))
-        digest = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-        folder = CACHE / f"{short_name(name)}-{digest}"
-        if not (folder / "meta.json").exists():
-            made_of = f" from {', '.join(map(str, paths))}" if paths else ""
-            print(f"preparing {name}{made_of}: this is done once and kept in {folder}")
-            write_cache(folder, short_name(name), paths, *build(*paths))
-    # A folder's whole path: a run on it may go on from another place.
-    ds = read_cache(folder, name if name in DATASETS else str(Path(name).resolve()))
-
-    without = sum(line.endswith(NO_CAPTION) for line in ds.skipped)
-    others = [line for line in ds.skipped if not line.endswith(NO_CAPTION)]
-    if without:
-        print(f"{name}: {without:,} of {without + len(ds.images):,} images have no caption and are "
-              f"left out, listed in {folder / 'skipped.txt'}")
-    if others:
-        more = f", and {len(others) - 1:,} more in {folder / 'skipped.txt'}"
-        print(f"{name}: {others[-1]}{more if len(others) > 1 else ''}")
-    return ds
-
-
-def short_name(name):
-    """What is kept of a data set is called by this name: "cub", "own-FOLDER-1a2b3c". The digits
-    come from the whole path, because two folders may have the same last name."""
-    if name in DATASETS:
-        return name
-    path = Path(name).resolve()
-    plain = re.sub(r"[^\w.-]", "_", path.name)[:40]
-    return f"own-{plain}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
-
-
-# ---- toy: birds drawn here -------------------------------------------------------------------
 COLOURS = {     # what a caption can say of a part of the bird
     "black": (35, 35, 40), "white": (245, 245, 240), "brown": (130, 85, 45), "red": (215, 40, 40),
     "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70),
@@ -330,108 +409,75 @@ def toy_images_for(captions, seed=0):
 
 
 def build_toy():
+    """The examples, the names of the unseen classes, and what was left out: nothing."""
     birds = toy_species(random.Random(0), 200)
     labels = []
     for number, bird in enumerate(birds):
         labels.append("{:03d}.{body}-{wing}-{crown}-{belly}".format(number, **bird))
-    examples = []
     with ProcessPoolExecutor() as pool:
-        for species in pool.map(toy_examples, range(200), birds, labels, chunksize=25):
-            examples += species
-    return examples, set(labels[150:]), []
+        examples = sum(pool.map(toy_examples, range(200), birds, labels, chunksize=25), [])
+    return examples, labels[150:], []
 
 
-# ---- CUB-200-2011: images, captions, boxes, parts --------------------------------------------
-CUB_UNSEEN = {      # testclasses.txt of the authors, for captions that come without that file
-    1, 4, 6, 8, 9, 14, 23, 29, 31, 33, 34, 35, 36, 37, 38, 43, 49, 51, 53, 66, 72, 79, 83, 84, 86,
-    91, 95, 96, 98, 101, 102, 103, 112, 114, 119, 121, 130, 135, 138, 147, 156, 163, 165, 166, 180,
-    183, 185, 186, 187, 197}
-CUB_PARTS = ("2", "3", "4", "5", "6", "14")     # CUB's own numbers of KEYPOINTS
-CUB_TABLES = r"(^|/)(images|bounding_boxes|part_locs)\.txt$"
+# ---- CUB-200-2011 and Oxford-102 -------------------------------------------------------------
+# The numbers of the unseen classes, those in testclasses.txt of the authors.
+CUB_UNSEEN = ("1|4|6|8|9|14|23|29|31|33|34|35|36|37|38|43|49|51|53|66|72|79|83|84|86|91|95|96|98|"
+              "101|102|103|112|114|119|121|130|135|138|147|156|163|165|166|180|183|185|186|187|197")
+FLOWERS_UNSEEN = "1|2|3|4|5|6|7|8|9|10|11|12|13|14|15|16|17|18|19|20"
+CUB_PARTS = [1, 2, 3, 4, 5, 13]     # KEYPOINTS among CUB's 15 parts, counted from 0
 
 
-def build_cub(images_path, captions_path, around_box=False):
-    """CUB, packed or unpacked: CLASS/NAME.jpg, its captions as CLASS/NAME.txt or as NAME.txt all
-    in one folder, and where there are CUB's tables, boxes and keypoints."""
-    box_of = None
-    if around_box:      # the boxes must be known before the images are read
-        box_of = CubTables(images_path, read_files(images_path, CUB_TABLES).texts).box
-    files = read_files(images_path, f"{PHOTOGRAPHS}|{CUB_TABLES}", box_of)
-    tables = CubTables(images_path, files.texts)
-    if around_box and not tables.boxes:
-        raise UserError(f"{images_path} has no bounding boxes: cub-box needs images.txt and "
-                        "bounding_boxes.txt of CUB_200_2011. Without them, use --dataset cub")
-    captions, unseen, skipped = read_caption_archive(captions_path, files.images, CUB_UNSEEN)
-    left_out = files.skipped
+def build_photographs(images_folder, captions_folder, unseen, around_box=False):
+    """The two sets of the paper: NAME.jpg and NAME.txt in any folders, each NAME once. The class is
+    the image's folder, as in 013.Bobolink/NAME.jpg; where all images lie in one, as Oxford-102's
+    do, it is the caption's: class_00077/NAME.txt."""
+    images = names_below(images_folder, r"\.jpg$")      # outlines, which may lie there, are .png
+    names, boxes, keypoints = cub_tables(images_folder, images)
+    if around_box and np.isnan(boxes).all():
+        raise UserError("there are no bounding boxes: cub-box needs images.txt, bounding_boxes.txt "
+                        "and part_locs.txt of CUB_200_2011. Without them, use --dataset cub")
+    image_of = {plain_stem(image): image for image in images}
+    texts = read_texts(captions_folder)
+    captions, skipped = pair(images, texts, plain_stem)
+    in_classes = images if len(set(map(last_folder, images))) > 1 else texts
+    label_of = {plain_stem(path): last_folder(path) for path in in_classes}
 
-    # CUB's own order is that of images.txt. Without it, the order of the names.
-    rows = tables.rows or {listed_name(path): row for row, path in enumerate(files.images)}
+    around = dict(zip(map(image_of.get, names), boxes)) if around_box else {}
+    pictures = read_images(images_folder, captions, skipped, around)
     examples = []
-    for path in sorted(captions, key=lambda path: rows.get(listed_name(path), -1)):
-        if listed_name(path) not in rows:
-            left_out.append(f"{path}: is not in images.txt")
-        elif around_box and not tables.box(path):
-            left_out.append(f"{path}: no bounding box")
-        else:
-            pixels, window = files.images[path]
-            examples.append(Example(pixels, *captions[path], rows[listed_name(path)],
-                                    tables.small_box(path, window), tables.keypoints(path, window)))
-    return examples, unseen, left_out + skipped
+    for row, name in enumerate(names):      # the source's own order
+        if image_of.get(name) in pictures:
+            pixels, window = pictures[image_of[name]]
+            x, y, width, height = boxes[row]
+            corners = [(x, y), (x + width, y + height)]
+            low, high, *points = to_small(window, [*corners, *keypoints[row]])
+            box = np.concatenate([low, high - low])
+            texts_of = captions[image_of[name]]
+            examples.append(Example(pixels, texts_of, label_of[name], row, box, points))
+    is_unseen = re.compile(rf"\D*0*({unseen})(?!\d)")       # 013.Bobolink and class_00013 are 13
+    return examples, set(filter(is_unseen.match, label_of.values())), skipped
 
 
-def build_cub_box(images_path, captions_path):
-    return build_cub(images_path, captions_path, around_box=True)
-
-
-class CubTables:
-    """What images.txt, bounding_boxes.txt and part_locs.txt say of an image. All may be absent."""
-
-    def __init__(self, source, texts):
-        lines = {"images": [], "bounding_boxes": [], "part_locs": []}
-        for path, content in texts.items():
-            lines[stem(path)] = [line.split() for line in decode_text(content).splitlines()]
-        self.numbers = {}       # CUB's number of an image, by CLASS/NAME
-        self.boxes = {}         # number: (x, y, width, height), in pixels of the original image
-        self.parts = {}         # (number, part): (x, y), likewise
-        try:
-            for number, path in lines["images"]:
-                self.numbers[listed_name(path)] = number
-            for number, *numbers in lines["bounding_boxes"]:
-                x, y, width, height = finite(*numbers)
-                if width > 0 and height > 0:
-                    self.boxes[number] = (x, y, width, height)
-            for number, part, x, y, visible in lines["part_locs"]:
-                if visible == "1":
-                    self.parts[number, part] = finite(x, y)
-        except ValueError as error:
-            raise UserError(f"{source}: a table is not as CUB's are ({error})") from None
-        self.rows = {name: row for row, name in enumerate(self.numbers)}
-
-    def box(self, path):
-        return self.boxes.get(self.numbers.get(listed_name(path)))
-
-    def small_box(self, path, window):
-        """The box (x, y, width, height) in pixels of the 76x76 image that shows `window`."""
-        if not self.box(path):
-            return None
-        x, y, width, height = self.box(path)
-        corners = to_small(window, [(x, y), (x + width, y + height)])
-        return np.concatenate([corners[0], corners[1] - corners[0]])
-
-    def keypoints(self, path, window):
-        """KEYPOINTS (6, 2) in pixels of the 76x76 image; NaN for those that are not visible."""
-        if not self.parts:
-            return None
-        number = self.numbers.get(listed_name(path))
-        points = [self.parts.get((number, part), (np.nan, np.nan)) for part in CUB_PARTS]
-        return to_small(window, points)
-
-
-def finite(*words):
-    values = tuple(map(float, words))
-    if not np.isfinite(values).all():
-        raise ValueError(f"{' '.join(words)} is not finite")
-    return values
+def cub_tables(folder, images):
+    """What CUB's tables say, in pixels of the original images: the names in images.txt, which are
+    those of the `images` without it, boxes (n, 4) x, y, width, height, and KEYPOINTS (n, 6, 2).
+    NaN is what is not known: all, unless all three tables are there."""
+    tables = {}
+    for path in names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$"):
+        lines = decode_text(read_bounded(folder / path)).splitlines()
+        tables[plain_stem(path)] = [line.split() for line in lines]
+    try:
+        names = [plain_stem(path) for _, path in tables.get("images", [])]
+        boxes = np.full((len(images), 4), np.nan)
+        keypoints = np.full((len(images), 6, 2), np.nan)
+        if len(tables) == 3:
+            numbers = np.array([number for number, _ in tables["images"]], int) - 1
+            boxes = np.array(tables["bounding_boxes"], float)[numbers, 1:]
+            parts = np.array(tables["part_locs"], float).reshape(-1, 15, 5)[numbers][:, CUB_PARTS]
+            keypoints = np.where(parts[:, :, 4:] == 1, parts[:, :, 2:4], np.nan)
+    except (LookupError, ValueError) as error:
+        raise UserError(f"a table of CUB is not as it should be: {error}") from None
+    return names or list(map(plain_stem, images)), boxes, keypoints
 
 
 def to_small(window, points):
@@ -441,600 +487,272 @@ def to_small(window, points):
     return (np.array(points) - [left, top]) * scale
 
 
-def listed_name(path):
-    """An image as CUB's images.txt calls it, without the ending: CLASS/NAME."""
-    return f"{last_folder(path)}/{stem(path)}"
+# ---- A folder of your own --------------------------------------------------------------------
+IMAGES_OR_TEXTS = set("images image imgs img jpg text texts txt captions caption text_c10".split())
+TRAINING_FOLDER = r"train(ing)?(\d*|[_-]images)"
+TEST_FOLDER = r"(val|valid|validation|dev|eval|test|testing)(\d*|[_-]images)"
 
 
-# ---- Oxford-102 flowers ----------------------------------------------------------------------
-FLOWERS_UNSEEN = set(range(1, 21))      # testclasses.txt of the authors
-
-
-def build_flowers(images_path, captions_path):
-    """jpg/image_00001.jpg and class_00077/image_00001.txt: the class is where the text lies."""
-    files = read_files(images_path, PHOTOGRAPHS)
-    captions, unseen, skipped = read_caption_archive(captions_path, files.images, FLOWERS_UNSEEN)
-    examples = []
-    # The source's order is that of the file names, which Oxford-102 numbers throughout. Where each
-    # class begins with 1.jpg, take files.images as they come: by folder, then by name.
-    for row, path in enumerate(sorted(files.images, key=stem)):
-        if path in captions:
-            pixels, _ = files.images[path]
-            examples.append(Example(pixels, *captions[path], row))
-    return examples, unseen, files.skipped + skipped
-
-
-# ---- a folder of your own --------------------------------------------------------------------
-IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpg"}
-TEXT_FOLDERS = {"text", "texts", "txt", "captions", "caption", "text_c10"}
-TRAINING_FOLDER = r"train(ing)?\d*"
-TEST_FOLDER = r"(val|valid|validation|dev|eval|test|testing)\d*"
-CAPTION_TABLES = r"(^|/)(metadata\.jsonl|metadata\.csv|captions_[^/]*\.json)$"
-
-
-def build_folder(path):
+def build_folder(folder):
     """Your own images. Captions come as
         NAME.txt beside NAME.jpg, one caption a line; or text/NAME.txt and images/NAME.jpg,
-        metadata.jsonl or metadata.csv with file_name and text (Hugging Face's imagefolder),
-        captions_*.json (COCO).
+        metadata.jsonl or metadata.csv with file_name and text (Hugging Face's imagefolder).
     Sub-folders are classes; without them each image is a class of its own. Where train/ and test/
     (or val/) stand at the top and share no class, the latter is what is never trained on;
     otherwise it is a quarter of the classes, as in CUB."""
-    files = read_files(path, rf"{IMAGE_NAMES}|\.txt$|{CAPTION_TABLES}")
-    tables = {name: text for name, text in files.texts.items() if is_called(name, CAPTION_TABLES)}
-    texts = {name: text for name, text in files.texts.items() if name not in tables}
-    place = places(files.images, texts)
-    pairs, alone = match(files.images, texts, place)
+    images = names_below(folder, IMAGE_NAMES)
+    texts = read_texts(folder)
 
-    captions = {image: [] for image in files.images}
-    for image, text in pairs.items():
-        captions[image] += read_captions(texts[text])
-    skipped = files.skipped
-    for name, content in tables.items():
-        skipped += add_table(captions, name, content)
-    whole = []
-    for image, pixels in files.images.items():
-        if pixels and captions[image]:
-            whole.append(image)
-        elif pixels:
-            skipped.append(f"{image}: {alone.get(image, NO_CAPTION)}")
-    skipped += sorted(f"{text}: {alone[text]}" for text in texts if text in alone)
+    def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in "kind"
+        parts = Path(path).parent.parts
+        return "/".join(part for part in parts if part.lower() not in IMAGES_OR_TEXTS)
 
-    label_of, unseen, notes = folder_classes({image: place(image) for image in whole})
-    rows = {image: row for row, image in enumerate(files.images)}
+    for table in names_below(folder, r"(^|/)metadata\.(csv|jsonl)$"):
+        for file, caption in table_rows(folder, table):
+            path = posixpath.join(posixpath.dirname(table), file.replace("\\", "/"))
+            texts.setdefault(posixpath.normpath(path), []).extend(clean_captions([caption]))
+
+    def key(path):
+        return plain(place(path)), plain_stem(path)
+
+    captions, skipped = pair(images, texts, key)
+    pictures = read_images(folder, captions, skipped)
+    classes, unseen = own_classes({image: place(image) for image in pictures}, skipped)
     examples = []
-    for image in whole:
-        pixels, _ = files.images[image]
-        texts_of = list(dict.fromkeys(captions[image]))[:MAX_CAPTIONS]
-        examples.append(Example(pixels, texts_of, label_of[image], rows[image]))
-    return examples, unseen, skipped + notes
+    for row, image in enumerate(images):
+        if image in pictures:
+            pixels, _ = pictures[image]
+            texts_of = list(dict.fromkeys(captions[image]))[:MAX_CAPTIONS]
+            examples.append(Example(pixels, texts_of, classes[image], row))
+    return examples, unseen, skipped
 
 
-def places(images, texts):
-    """A function from a path to its folder, without a part such as images/ or text/ that only
-    says which of the two it holds: images/kind/1.jpg and text/kind/1.txt both lie in "kind"."""
-    image_parts = folder_parts(images)
-    text_parts = folder_parts(texts)
-    apart = (IMAGE_FOLDERS & image_parts - text_parts) | (TEXT_FOLDERS & text_parts - image_parts)
-
-    def place(path):
-        return "/".join(part for part in path.split("/")[:-1] if part.lower() not in apart)
-    return place
-
-
-def folder_parts(paths):
-    parts = set()
-    for path in paths:
-        parts.update(path.lower().split("/")[:-1])
-    return parts
-
-
-def folder_classes(folders):
-    """Folders {image: folder} -> classes {image: class}, the set of the unseen classes, and a
-    list of notes about the split."""
-    around = posixpath.commonpath(folders.values()) if folders else ""
-    inside = {image: folder[len(around):].strip("/") for image, folder in folders.items()}
-    top = {image: folder.split("/")[0].lower() for image, folder in inside.items()}
-    in_training = [image for image in folders if re.fullmatch(TRAINING_FOLDER, top[image])]
-    in_test = [image for image in folders if re.fullmatch(TEST_FOLDER, top[image])]
-    beside = sorted(set(folders) - {*in_training, *in_test})
-    is_split = in_training and in_test and not beside
-
+def own_classes(places, skipped):
+    """Folders {image: folder} -> classes {image: class} and the names of the unseen classes. Adds
+    a line to `skipped` for a split that is not taken."""
+    around = posixpath.commonpath(places.values()) if places else ""
     classes = {}
-    for image, folder in inside.items():
-        name = folder.partition("/")[2] if is_split else folder
-        classes[image] = name or image          # without a folder: a class of its own
-    notes = []
-    if is_split:
-        unseen = {classes[image] for image in in_test}
-        trained = {classes[image].lower() for image in in_training}
-        in_both = [name for name in unseen if name.lower() in trained]
-        if not in_both:
-            return classes, unseen, notes
-        notes.append(f"{top[in_test[0]]}/ is not taken as the split: {len(in_both)} of its classes "
-                     "are in the training folder too")
-    elif in_training and in_test:
-        notes.append(f"{top[in_training[0]]}/ and {top[in_test[0]]}/ are not taken as the split: "
-                     f"{len(beside)} images with captions lie beside them, such as {beside[0]}")
+    trained = {}        # the classes of the images in train/ ...
+    tested = {}         # ... and in test/, without that part
+    for image, folder in places.items():
+        folder = folder[len(around):].strip("/")
+        top, _, inner = folder.partition("/")
+        classes[image] = folder or image
+        for pattern, inside in ((TRAINING_FOLDER, trained), (TEST_FOLDER, tested)):
+            if re.fullmatch(pattern, top, re.IGNORECASE):
+                inside[image] = inner or image
+
+    if trained and tested:
+        if len(trained) + len(tested) == len(places):
+            classes = trained | tested
+            if not set(map(plain, trained.values())) & set(map(plain, tested.values())):
+                return classes, set(tested.values())
+        skipped.append("the folders for training and test are not taken as the split: they share a "
+                       "class, or have images beside them")
     names = sorted(set(classes.values()))
     random.Random(0).shuffle(names)
-    return classes, set(names[:len(names) // 4]), notes
+    return classes, names[:len(names) // 4]
 
 
-def add_table(captions, table, content):
-    """Add the captions of a table to {image: list of captions}. Returns the lines to skip."""
-    at = {}             # by the whole path, and by the file's name alone: COCO says no more
-    called = {}
-    for image in captions:
-        at.setdefault(image.lower(), []).append(image)
-        called.setdefault(posixpath.basename(image).lower(), []).append(image)
-    lost = []
-    for file, caption in table_rows(table, content):
-        file = file.replace("\\", "/")
-        image = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
-        if image not in captions:
-            named = at.get(image.lower()) or called.get(file.lower(), [])
-            image = named[0] if len(named) == 1 else None
-        if image:
-            captions[image] += clean_captions([caption])
-        else:
-            lost.append(file)
-    if lost:
-        return [f"{table}: {len(lost)} {NO_IMAGE}, such as {lost[0]}"]
-    return []
-
-
-def table_rows(table, content):
-    """A list of (file name, caption) of a metadata.csv, a metadata.jsonl or a COCO file."""
-    text = decode_text(content)
+def table_rows(folder, table):
+    """A list of (file name, caption) of a metadata.csv or metadata.jsonl. Raises UserError."""
+    text = decode_text(read_bounded(folder / table))
+    rows = []
     try:
         if table.lower().endswith(".csv"):
-            entries = list(csv.DictReader(io.StringIO(text, newline="")))
-        elif table.lower().endswith(".jsonl"):
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+            entries = csv_entries(text)
         else:
-            coco = json.loads(text)
-            file_of = {image["id"]: image["file_name"] for image in coco["images"]}
-            entries = []
-            for entry in coco["annotations"]:
-                file = file_of.get(entry["image_id"], "an image without file_name")
-                entries.append({"file_name": file, "text": entry["caption"]})
-        rows = []
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         for entry in entries:
-            captions = entry["text"] if isinstance(entry["text"], list) else [entry["text"]]
-            for caption in captions:
+            columns = [column for column in ("text", "caption") if column in entry]
+            if "file_name" not in entry or not columns:
+                raise ValueError("expected columns file_name and text (or caption), found "
+                                 f"{', '.join(entry)}")
+            captions = entry[columns[0]]
+            for caption in captions if isinstance(captions, list) else [captions]:
                 rows.append((str(entry["file_name"]), str(caption or "")))
-        return rows
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
-        raise UserError(f"{table} cannot be read ({type(error).__name__}: {error}): expected each "
-                        "row to have file_name and text, or COCO's images and annotations"
-                        ) from None
+    except Exception as error:      # what stands in a file can be anything
+        raise UserError(f"{table} cannot be read ({type(error).__name__}): {error}") from None
+    return rows
 
 
-# ---- The table of data sets: a new one is a function above and a row here --------------------
-# The shortest builder to copy is build_flowers. It gets the paths of the images and the captions,
-# and returns Examples, the names of the unseen classes, and a line for each thing left out.
-#     read_files(path, IMAGE_NAMES).images    {path: (pixels, window)} of a folder or an archive,
-#                   None for an image that cannot be read: leave it out, it is in .skipped already.
-#                   In an archive the path has the folders around it, too. The same for both are
-#                   posixpath.basename(path), and where each class has a folder listed_name(path),
-#                   its CLASS/NAME without the ending
-#     read_caption_archive    a .txt for each image. It counts classes by the numbers in names such
-#                   as 013.Bobolink or class_00013; for others name the unseen classes yourself
-#     decode_text(read_bounded(path))         the text of one file, for captions in a form of your
-#                   own; then clean_captions(list of strings). A line for an image without a caption
-#                   ends with NO_CAPTION.
-# Read no file outside the paths that you get: a cache is built again only where they change. A list
-# of unseen classes lies with the images or the captions, or stands in the code.
-# Before G train its text encoder, for photographs longer than by default:
-#     python encoder.py --dataset NAME --from DIR --steps 6000
-@dataclass
-class Entry:
-    build: callable         # function of the paths -> (examples, names of unseen classes, skipped)
-    images: tuple = ()      # what the images' archive or folder may be called; the first is fetched
-    captions: tuple = ()    # likewise the captions'; none where images and captions are in one file
-    url: str = ""           # of the images; without it --from DIR is needed the first time
-    md5: str = ""
-    captions_url: str = ""  # ends with one of the names of `captions`
+def csv_entries(text):
+    """The rows of a .csv as dicts. The separator is a comma, or what Excel writes for it. A caption
+    with commas outside quotes is put together again where it is the last column."""
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    header, *rows = filter(None, reader)                    # without empty lines
+    last = len(header) - 1
+    for row in rows:
+        if header[last] in ("text", "caption"):
+            row[last:] = [separator.join(row[last:])]
+        if len(row) > len(header):
+            raise ValueError(f"more columns than in the first row, in that of {row[0]}")
+    return [dict(zip(header, row)) for row in rows]
 
+
+# ---- The table of data sets ------------------------------------------------------------------
+# A new data set is a row here, and where it is laid out otherwise a builder. It gets the folders of
+# the images and of the captions (archives come unpacked), and returns Examples, the names of the
+# unseen classes, and a line for each thing left out. It reads nothing else: a cache is built again
+# only where they, or this code, change. Before G train its text encoder, for photographs longer
+# than by default:  python encoder.py --dataset NAME --from DIR --steps 6000
+Entry = namedtuple("Entry", "build sources", defaults=[()])
+# names: what the images or the captions may be called, packed or unpacked. url: where they come
+# from if none is there, sha256: of that file.
+Source = namedtuple("Source", "names url sha256", defaults=[None])
 
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
-OWN_FOLDER = Entry(build_folder)
+CUB = [
+    Source("CUB_200_2011.tgz CUB_200_2011 images",
+           "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+           "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
+    Source("cvpr2016_cub.tar.gz cvpr2016_cub caption-data-cub-v1.0.0.zip captions text_c10 text "
+           "text.zip birds.zip", MIRROR + "caption-data-cub-v1.0.0.zip")]
+FLOWERS = [
+    Source("102flowers.tgz jpg 102flowers images",
+           "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
+           "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
+    Source("cvpr2016_flowers.tar.gz cvpr2016_flowers caption-data-flowers-v1.0.0.zip captions "
+           "text_c10 text text.zip flowers.zip", MIRROR + "caption-data-flowers-v1.0.0.zip")]
 DATASETS = {
     "toy": Entry(build_toy),
-    "cub": Entry(
-        build_cub,
-        images=("CUB_200_2011.tgz", "CUB_200_2011", "images"),
-        captions=("cvpr2016_cub.tar.gz", "cvpr2016_cub", "caption-data-cub-v1.0.0.zip",
-                  "captions", "text_c10", "text", "text.zip", "birds.zip"),
-        url="https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-        md5="97eceeb196236b17998738112f37df78",
-        captions_url=MIRROR + "caption-data-cub-v1.0.0.zip"),
-    "flowers": Entry(
-        build_flowers,
-        images=("102flowers.tgz", "jpg", "102flowers", "images"),
-        captions=("cvpr2016_flowers.tar.gz", "cvpr2016_flowers", "caption-data-flowers-v1.0.0.zip",
-                  "captions", "text_c10", "text", "text.zip", "flowers.zip"),
-        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-        md5="52808999861908f626f3c1f4e79d11fa",
-        captions_url=MIRROR + "caption-data-flowers-v1.0.0.zip")}
-DATASETS["cub-box"] = dataclasses.replace(DATASETS["cub"], build=build_cub_box)
+    "cub": Entry(partial(build_photographs, unseen=CUB_UNSEEN), CUB),
+    "cub-box": Entry(partial(build_photographs, unseen=CUB_UNSEEN, around_box=True), CUB),
+    "flowers": Entry(partial(build_photographs, unseen=FLOWERS_UNSEEN), FLOWERS)}
 
 
 def find_files(name, source):
-    """The paths that a builder gets: none for toy, (images, captions) for cub and flowers."""
+    """The paths whose folders a builder gets: none for toy, images and captions for cub and
+    flowers. Without `source` they are fetched to cache/downloads."""
     if name not in DATASETS:
         return [Path(name).resolve()]
-    if not DATASETS[name].images:
-        return []
-    if not source:
-        fetch_files(name)
     folder = Path(source or CACHE / "downloads")
     paths = []
-    for kind in ("images", "captions"):
-        names = getattr(DATASETS[name], kind)
-        assert isinstance(names, tuple), f"{kind} of {name}: a tuple, so with a comma: {names!r}"
-        there = [folder / file for file in names if (folder / file).exists()]
-        if not names:                   # a row of one kind: all is in one file
-            continue
-        if not there:
-            raise UserError(f"no {kind} of {name} in {folder}: expected one of {', '.join(names)}")
-        paths.append(there[0].resolve())
+    for names, url, sha256 in DATASETS[name].sources:
+        there = [folder / file for file in names.split() if (folder / file).exists()]
+        if source and not there:
+            raise UserError(f"{folder} has none of {', '.join(names.split())}, which {name} needs")
+        path = there[0] if there else fetch(url, sha256, folder)
+        paths.append(path.resolve())
     return paths
 
 
-def fetch_files(name):
-    """Download to cache/downloads what is not there yet."""
-    data_set = DATASETS[name]
-    folder = CACHE / "downloads"
-    if not (folder / data_set.images[0]).exists():
-        if not data_set.url:
-            raise UserError(f"{name} is not fetched: name the folder with its files, --from DIR")
-        download(data_set.url, folder / data_set.images[0], data_set.md5)
-    if not data_set.captions or any((folder / file).exists() for file in data_set.captions):
-        return
+def fetch(url, sha256, folder):
+    """Download a file into a folder, whole or not at all. Returns its path. Raises UserError."""
+    path = folder / url.rpartition("/")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {url}")
+    socket.setdefaulttimeout(60)
     try:
-        if not data_set.captions_url:
-            raise UserError(f"there is no address for those of {name}")
-        download(data_set.captions_url, folder / data_set.captions_url.rsplit("/", 1)[1])
-    except UserError as error:
-        raise UserError(f"the captions could not be fetched ({error}). Get {data_set.captions[0]} "
-                        f"(see the README, \"Data\"), put it into {folder}, run this again"
-                        ) from None
-
-
-def download(url, path, md5=""):
-    """Fetch a URL to `path`. What broke off is kept as a .part and continued. Raises UserError
-    when it fails, or when the file's MD5 is not the expected one."""
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            receive(answer, part, have)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:           # 416: nothing is left to fetch
-            raise UserError(f"{url} answered {error.code} {error.reason}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:   # no network, a bad URL ...
-        raise UserError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}") from None
-    if md5:
-        found = file_md5(part)
-        if found != md5:
-            part.unlink()
-            raise UserError(f"{path.name} has MD5 {found}, expected {md5}: it was removed, "
-                            "run this again")
-    os.replace(part, path)
-
-
-def receive(answer, part, have):
-    """Write a server's answer to the end of a file of `have` bytes, with a progress line."""
-    if answer.status != 206:                        # the server starts at the beginning
-        have = 0
-    total = have + int(answer.headers.get("Content-Length") or 0)
-    with open(part, "r+b" if have else "wb") as f:
-        f.seek(have)
-        content = answer.read(1 << 20)
-        while content:
-            f.write(content)
-            have += len(content)
-            print(f"\r{part.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", end="", flush=True)
-            content = answer.read(1 << 20)
-    print()
-    if have < total:
-        raise UserError(f"{answer.url} broke off after {have:,} of {total:,} bytes: "
-                        "run this again to go on")
-
-
-def file_md5(path):
-    digest = hashlib.md5()
-    with open(path, "rb") as f:
-        for content in iter(lambda: f.read(1 << 20), b""):
-            digest.update(content)
-    return digest.hexdigest()
-
-
-# ---- Which caption belongs to which image ----------------------------------------------------
-NO_CAPTION = "no caption"
-NO_IMAGE = "of its rows name no image that is here"
-CLASS_LISTS = r"classes\d*\.txt$"       # testclasses.txt, trainvalclasses.txt, allclasses.txt
-
-
-def match(images, texts, place):
-    """Paths of images and of texts -> {image: text}, and {path: reason} for those left alone.
-
-    place(path) is the class or folder of a path. An image and a text belong together if they have
-    the same name in the same place. Where the two sides have no place in common, its last part
-    decides (birds/images/kind/1.jpg, text/kind/1.txt), or else the name alone (jpg/1.jpg,
-    class_7/1.txt). Upper and lower case count as equal. What is not unique is left alone."""
-    def last_part(path):
-        return posixpath.basename(place(path))
-
-    def nothing(path):
-        return ""
-
-    for where in (place, last_part, nothing):
-        image_places = {where(image).lower() for image in images}
-        text_places = {where(text).lower() for text in texts}
-        if (image_places & text_places) - {""}:
-            break
-
-    def key(path):
-        return where(path).lower(), stem(path).lower()
-
-    texts_of = {}
-    places_of = {}
-    for text in texts:
-        texts_of.setdefault(key(text), []).append(text)
-    for image in images:
-        places_of.setdefault(key(image), set()).add(place(image))
-
-    pairs = {}
-    alone = {}
-    for image in images:
-        found = texts_of.get(key(image), [])
-        if len(found) == 1 and len(places_of[key(image)]) == 1:
-            pairs[image] = found[0]
-        elif found:
-            alone[image] = f"several files have this name, so {NO_CAPTION}"
-    used = set(pairs.values())
-    alone.update({text: "no image" for text in texts if text not in used})
-    return pairs, alone
-
-
-def read_caption_archive(captions_path, images, unseen):
-    """Captions of CUB or Oxford-102 for images {path: decoded image or None} -> {image: (captions,
-    class)}, the names of the unseen classes, and lines on what is missing. unseen: numbers of
-    the unseen classes, where no testclasses.txt names them."""
-    texts = read_files(captions_path, r"\.txt$").texts
-    lists = {path for path in texts if is_called(path, CLASS_LISTS)}
-    pairs, alone = match(images, set(texts) - lists, last_folder)
-
-    # The class is the image's folder; where all images are in one, the caption's.
-    one_folder = len({last_folder(image) for image in pairs}) == 1
-    found = {}
-    skipped = []
-    for image, decoded in images.items():
-        text = pairs.get(image)
-        captions = read_captions(texts[text]) if text else []
-        if decoded and captions:
-            found[image] = captions, last_folder(text if one_folder else image)
-        elif decoded:
-            skipped.append(f"{image}: {alone.get(image, NO_CAPTION)}")
-    skipped += sorted(f"{text}: {alone[text]}" for text in texts if text in alone)
-
-    named = set()
-    for path in lists:
-        keys = {class_key(label) for label in decode_text(texts[path]).split()}
-        named |= keys
-        if stem(path).lower() == "testclasses":
-            unseen = keys
-    named |= unseen
-    labels = {label for _, label in found.values()}
-    gone = sorted(map(str, named - {class_key(label) for label in labels}))
-    if gone:
-        more = " ..." if len(gone) > 5 else ""
-        skipped.append(f"{len(gone)} classes of the split have no image with a caption: "
-                       f"{', '.join(gone[:5])}{more}")
-    return found, {label for label in labels if class_key(label) in unseen}, skipped
-
-
-def class_key(label):
-    """013.Bobolink -> 13, class_00013 -> 13; a name without a number stays as it is."""
-    number = re.match(r"(?:class_)?(\d{1,9})(?:\.|$)", label.lower())
-    return int(number[1]) if number else label.lower()
-
-
-def last_folder(path):
-    """.../013.Bobolink/1.jpg -> 013.Bobolink"""
-    return posixpath.basename(posixpath.dirname(path))
-
-
-def stem(path):
-    """.../013.Bobolink/1.jpg -> 1"""
-    return posixpath.splitext(posixpath.basename(path))[0]
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except Exception as error:      # no network, another checksum ...
+        raise UserError(f"{url} cannot be fetched ({error}). Fetch it by hand into {folder} "
+                        "(curl -LOC - URL goes on where a line broke) and run this with "
+                        f"--from {folder}; other addresses: README, \"Data\"") from None
+    finally:
+        socket.setdefaulttimeout(None)
+    return path
 
 
 # ---- Reading what comes from outside: folders, archives, images, captions --------------------
-MAX_FILE = 256 << 20            # bytes of one file; CUB's table of attributes has some 60 MB
+MAX_FILE = 256 << 20            # bytes of an image or a text
 MAX_TOTAL = 8 << 30             # bytes of one archive, unpacked
 MAX_PIXELS = 64_000_000         # width x height of one image
 MAX_CAPTIONS = 100              # of one image; more are left out
-# Not every Pillow reads the last four. They count as images nevertheless, so that they are listed
-# as skipped and do not vanish unseen.
+NO_CAPTION = "no caption"
+# Not all of these can be read. They count as images, so that they are listed as skipped.
 IMAGE_NAMES = r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|heif|jxl)$"
-# Not the outlines of the birds and flowers, which lie beside the photographs under the same names.
-PHOTOGRAPHS = rf"^(?!.*(^|/)(segmentations|segmim)/).*{IMAGE_NAMES}"
-Image.init()
-FORMATS = [kind for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
-           if kind in Image.OPEN]       # and not EPS, which is a program that would be run
-
-# images {path: (pixels, window) or None where it cannot be read}, texts {path: bytes}, skipped:
-# a line for each image that cannot be read, and why.
-Files = namedtuple("Files", "images texts skipped")
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program that would be run
 
 
-def is_called(path, pattern):
-    return re.search(pattern, path, re.IGNORECASE) is not None
+def names_below(folder, pattern=""):
+    """Names of the files below a folder that have the pattern, in order, such as kind/1.jpg. Hidden
+    files are no data. Links are followed."""
+    ours = ("cache/", "runs/") if folder == Path.cwd() else ()      # they change meanwhile
+    names = [Path(name).as_posix() for name in glob.glob("**", root_dir=folder, recursive=True)]
+    names = [name for name in names if re.search(pattern, name, re.I) and not name.startswith(ours)]
+    return sorted((name for name in names if not Path(folder, name).is_dir()),
+                  key=lambda name: name.split("/"))
 
 
-def read_files(path, pattern, box_of=None):
-    """All files of a folder or archive whose path has the pattern, in the order of their paths.
-    box_of: from an image's path to the box for `read_image`."""
-    images = {}
-    texts = {}
-    skipped = []
-    waiting = deque()
-
-    def finish_one():
-        name, future = waiting.popleft()
-        images[name] = None
-        try:
-            images[name] = future.result()
-        except ValueError as error:
-            skipped.append(f"{name}: {error}")
-
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")         # Pillow's own about large images
-        for name, content in iterate_files(path, pattern):
-            if content is None:
-                skipped.append(f"{name}: is a link or a device, not a file")
-            elif is_called(name, IMAGE_NAMES):
-                box = box_of(name) if box_of else None
-                waiting.append((name, pool.submit(read_image, content, box)))
-            else:
-                texts[name] = content
-            if len(waiting) > 32:               # so that a gigabyte of images does not pile up
-                finish_one()
-        while waiting:
-            finish_one()
-    in_order = sorted(images, key=lambda name: name.split("/"))
-    return Files({name: images[name] for name in in_order}, texts, sorted(skipped))
-
-
-def iterate_files(path, pattern):
-    """(path, bytes) of each file with the pattern in its path, of a folder, a .zip or a .tar, also
-    a compressed one. Bytes are None for what is no plain file. Hidden files are no data. Nothing
-    is unpacked to disk. Archives are read to their end, so that a broken-off one is noticed.
-    Raises UserError."""
-    path = Path(path)
-    if path.is_dir():
-        for file in folder_files(path):
-            name = file.relative_to(path).as_posix()
-            if is_called(name, pattern):
-                yield name, read_bounded(file) if file.is_file() else None
-        return
+def unpack(path, folder):
+    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not
+    whole, which its checksums tell."""
     try:
-        with open(path, "rb") as f:
-            is_zip = f.read(4) in (b"PK\3\4", b"PK\5\6")
-        if is_zip:
-            yield from zip_members(path, pattern)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MAX_TOTAL:
+                    raise ValueError("too large")
+                archive.extractall(folder)      # compares the checksums; no name leads outside
         else:
-            yield from tar_members(path, pattern)
-    except UserError:
-        raise
+            unpack_tar(path, folder)
     except Exception as error:          # the readers raise all sorts of things on broken archives
-        raise UserError(f"{path} is damaged, broken off or not an archive ({type(error).__name__}: "
-                        f"{error}): remove it and fetch it again") from None
+        raise UserError(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one "
+                        f"({type(error).__name__}: {error})") from None
+    return folder
 
 
-def folder_files(folder, above=()):
-    """Paths of all files below a folder. Links are followed, but not in circles."""
-    real = folder.resolve()
-    if real in above:
-        return
-    ours = (CACHE.resolve(), Path("runs").resolve())    # these change while they are read
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or real / entry.name in ours:
-            continue
-        if entry.is_dir():
-            yield from folder_files(entry, (*above, real))
+def unpack_tar(path, folder):
+    """Unpack the plain files of a .tar.gz. It is read to its end first, where the checksum is: one
+    that is broken off may look like one of fewer files."""
+    with gzip.open(path) as f:
+        if f.seek(MAX_TOTAL + 1) > MAX_TOTAL:
+            raise ValueError("too large")
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            file = (folder / member.name).resolve()
+            if member.isreg() and not member.issparse() and file.is_relative_to(folder):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "wb") as f:
+                    shutil.copyfileobj(archive.extractfile(member), f)
+
+
+def read_texts(folder):
+    """{path: list of captions} of all .txt files below a folder but the authors' lists of classes
+    (testclasses.txt ...)."""
+    texts = {}
+    for name in names_below(folder, r"(?<!classes)\.txt$"):
+        texts[name] = read_captions(read_bounded(folder / name))
+    return texts
+
+
+def pair(images, texts, key):
+    """Which captions belong to which image: those whose paths have the same key.
+
+    images: paths. texts: {path: list of captions}. -> {image: captions}, and a line for each path
+    that is left alone.
+    """
+    captions_of = {}
+    for text, captions in texts.items():
+        captions_of.setdefault(key(text), []).extend(captions)
+    count = Counter(map(key, images))
+    pairs = {}
+    skipped = []
+    for image in images:
+        captions = captions_of.get(key(image))
+        if captions and count[key(image)] == 1:
+            pairs[image] = captions
         else:
-            yield entry
+            several = "several images have this name, so " if captions else ""
+            skipped.append(f"{image}: {several}{NO_CAPTION}")
+    skipped += [f"{text}: no image" for text in texts if key(text) not in count]
+    return pairs, skipped
 
 
-def zip_members(path, pattern):
-    total = 0
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            total = check_size(path, member.filename, member.file_size, total)
-            name = plain_name(member.filename, pattern)
-            if member.is_dir():
-                continue
-            if name:
-                content = archive.read(member)
-                is_file = (member.external_attr >> 28) in (0, 8)      # 0: made on Windows
-                yield name, content if is_file else None
-            else:
-                with archive.open(member) as f:
-                    read_to_end(f)      # its checksum is compared there
+def plain(name):
+    """A name as names are compared: "ö" may be one letter or two (Macs), case does not matter."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
-class StrictTarInfo(tarfile.TarInfo):
-    """A header of a .tar. Python's own takes any broken or missing header for the end of the
-    archive; here the end is a block of zeros and nothing else."""
-
-    @classmethod
-    def fromtarfile(cls, archive):
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"no end of the archive: {error}") from None
-
-    def _proc_member(self, archive):
-        """Made for subclasses; what is behind a header is read only here, a long name too."""
-        if self.size > MAX_FILE:
-            raise tarfile.ReadError(f"{self.name!r} is too large ({self.size:,} bytes)")
-        return super()._proc_member(archive)
+def plain_stem(path):
+    """.../013.Bobolink/Wing_1.jpg -> wing_1"""
+    return plain(Path(path).stem)
 
 
-def tar_members(path, pattern):
-    total = 0
-    with open_compressed(path) as stream:
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
-            for member in archive:
-                total = check_size(path, member.name, member.size, total)
-                name = plain_name(member.name, pattern)
-                if name and not member.isdir():
-                    yield name, archive.extractfile(member).read() if member.isreg() else None
-        read_to_end(stream)             # the checksum of a .gz is behind the last member
-
-
-def open_compressed(path):
-    with open(path, "rb") as f:
-        start = f.read(3)
-    for mark, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7z", lzma.open)):
-        if start.startswith(mark):
-            return opener(path)
-    return open(path, "rb")
-
-
-def read_to_end(stream):
-    total = 0
-    content = stream.read(1 << 20)
-    while content:
-        total += len(content)
-        if total > MAX_TOTAL:
-            raise UserError(f"an archive goes on for more than {MAX_TOTAL >> 30} GB")
-        content = stream.read(1 << 20)
-
-
-def plain_name(name, pattern):
-    """A member's path without "./", if it has the pattern and is not hidden; else None."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    hidden = any(part.startswith(".") for part in parts)
-    name = "/".join(parts)
-    return name if not hidden and is_called(name, pattern) else None
-
-
-def check_size(archive, name, size, total):
-    """The bytes so far, after one more member. Raises UserError where they are too many."""
-    if size > MAX_FILE or total + size > MAX_TOTAL:
-        raise UserError(f"{archive} is refused: its member {name!r} is too large "
-                        f"({size:,} bytes, after {total:,})")
-    return total + size
+def last_folder(path):
+    """.../013.Bobolink/Wing_1.jpg -> 013.Bobolink"""
+    return Path(path).parent.name
 
 
 def read_bounded(path):
@@ -1043,6 +761,20 @@ def read_bounded(path):
     if size > MAX_FILE:
         raise UserError(f"{path} has more than {MAX_FILE >> 20} MB: not an image or a text")
     return Path(path).read_bytes()
+
+
+def read_images(folder, names, skipped, box_of={}):
+    """{name: what `read_image` gives} of images below a folder. Adds a line to `skipped` for each
+    one that cannot be read. box_of: {name: box}."""
+    def read(name):
+        try:
+            return read_image(read_bounded(folder / name), box_of.get(name))
+        except (ValueError, OSError, UserError) as error:
+            skipped.append(f"{name}: {error}")
+
+    with ThreadPoolExecutor() as pool:
+        pictures = dict(zip(names, pool.map(read, names)))
+    return {name: picture for name, picture in pictures.items() if picture}
 
 
 def read_image(data, box=None):
@@ -1055,18 +787,8 @@ def read_image(data, box=None):
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels, too many")
-        window = square_around(box, image.size) if box else (0, 0, width, height)
-
-        # A large JPEG can be decoded at a half, a quarter ... of its size, as long as the window
-        # has twice the pixels that are needed.
-        left, top, right, bottom = window
-        enough_x = 2 * IMAGE_SIZE * width / (right - left)
-        enough_y = 2 * IMAGE_SIZE * height / (bottom - top)
-        image.draft("RGB", (round(enough_x), round(enough_y)))
-        scale_x = image.width / width
-        scale_y = image.height / height
-        part = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-        image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, part)
+        window = (0, 0, width, height) if box is None else square_around(box, image.size)
+        image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, window)
         image = ImageOps.exif_transpose(image)          # phones store upright images lying down
         return np.asarray(image), window
     except UnidentifiedImageError:
@@ -1088,19 +810,13 @@ def square_around(box, size):
 
 
 def to_rgb(image):
-    """Any mode of Pillow's to RGB. 16-bit greys, and floats from 0 to 1, are scaled; what is
-    transparent is laid on white."""
+    """Any mode of Pillow's with 8 bits to RGB. What is transparent is laid on white."""
     if image.mode.startswith(("I", "F")):
-        grey = np.nan_to_num(np.asarray(image).astype(np.float32))
-        if grey.max() > 255:
-            grey = grey / 257
-        elif image.mode == "F" and grey.max() <= 1:
-            grey = grey * 255
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        raise ValueError(f"more than 8 bits a colour (mode {image.mode}): save it with 8")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
@@ -1126,270 +842,156 @@ def clean_captions(lines):
 
 
 # ---- The cache -------------------------------------------------------------------------------
-def file_stamps(paths):
-    """What a cache is made from: name, size and time of every file."""
-    files = []
-    for path in paths:
-        files += folder_files(path) if path.is_dir() else [path]
-    stats = [(str(file), file.stat()) for file in files if file.exists()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+def load(name, source=None):
+    """A data set, built now or read from its cache.
+
+    name: toy, cub, cub-box, flowers, or the path of a folder or a .zip file. source: a folder
+    with the files of cub or flowers; later calls find them without it. Raises UserError.
+
+    A cache is named after all that it was made from, code and files, so that a change there leads
+    to a new one. Without `source` cub and flowers are not looked at again: they may be removed.
+    """
+    if name not in DATASETS and not Path(name).exists():
+        last = Path(name).name
+        close = difflib.get_close_matches(last, DATASETS, 1)
+        hint = f"did you mean {close[0]}? Else " if close else ""
+        raise UserError(f"unknown data set {last!r}: {hint}expected {', '.join(DATASETS)}, or a "
+                        "folder or .zip file of images with captions")
+    begin = f"{short_name(name)}-{building_code()}"
+    path = next(CACHE.glob(f"{begin}{8 * '[0-9a-f]'}.npz"), None)
+    if source or name not in DATASETS or not path:
+        paths = find_files(name, source)
+        path = CACHE / f"{begin}{digest(file_stamps(paths))}.npz"
+        if not path.exists():
+            print(f"preparing {name}: this is done once and kept in {path}")
+            prepare(path, name, paths)
+    # A folder's whole path: a run on it may go on from another place.
+    ds = read_cache(path, name if name in DATASETS else str(Path(name).resolve()))
+    if ds.skipped:
+        print(f"{name}: {len(ds.images):,} images are used, {len(ds.skipped):,} things are not: "
+              f"see {skipped_file(name)}. The last one: {ds.skipped[-1]}")
+    return ds
+
+
+def short_name(name):
+    """What is kept of a data set is called by this name: "cub", "own-FOLDER-1a2b3c". The digits
+    come from the whole path, because two folders may have the same last name."""
+    if name in DATASETS:
+        return name
+    path = Path(name).resolve()
+    last = re.sub(r"[^\w.-]", "_", path.name)[:40]
+    return f"own-{last}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+
+
+def skipped_file(name):
+    return CACHE / f"{short_name(name)}-skipped.txt"
+
+
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 def building_code():
-    """All of this file above "The cache": whoever edits a builder, a table of words, or how images
-    are read gets a new cache."""
-    return Path(__file__).read_text(encoding="utf-8").split("\n# ---- The cache ---")[0]
+    """A digest of the code that builds a cache: whoever edits a builder, a table of words, or how
+    images are read gets a new cache."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    return digest((IMAGE_SIZE, code.split("\n# ---- The toy birds")[1].split("\n# ---- Grids")[0]))
 
 
-def newest_cache(name):
-    """(folder, paths that it was made from) of the newest cache of cub or flowers. (None, []):
-    there is none, or one of another version, whose files are gone."""
-    if name not in DATASETS:
-        return None, []
-    caches = sorted(CACHE.glob(f"{name}-{'[0-9a-f]' * 16}/meta.json"), key=os.path.getmtime)
-    if not caches:
-        return None, []
-    try:
-        meta = json.loads(caches[-1].read_text())
-        paths = [Path(path) for path in meta["paths"]]
-        readable = meta.get("format") == [CACHE_FORMAT, IMAGE_SIZE]
-        readable = readable or all(path.exists() for path in paths)
-        return (caches[-1].parent, paths) if readable else (None, [])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None, []
+def file_stamps(paths):
+    """What a cache is made from: name, size and time of every file."""
+    stamps = []
+    for path in paths:
+        for name in names_below(path) or [""]:          # a file has no names below it
+            file = path / name
+            if file.exists():
+                stamps.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return stamps
 
 
-def write_cache(folder, label, paths, examples, unseen, skipped):
-    """Write a cache to a folder of another name, which is then renamed: a killed or a second
-    process never leaves half of one. label: its `short_name`."""
-    if not examples:
-        # The line of a table says more than that of an image.
-        without = [line for line in skipped if line.endswith(NO_CAPTION)]
-        tables = [line for line in skipped if NO_IMAGE in line]
-        why = f": {(tables or without or skipped)[0]} ({len(skipped)} in all)" if skipped else ""
-        raise UserError(f"{label}: found no image with a caption{why}")
-    for example in examples:                        # mistakes of a new builder
-        assert isinstance(example.pixels, np.ndarray), "pixels: the first of (pixels, window)"
-        assert isinstance(example.label, str), f"a label is its class's name: {example.label!r}"
-        assert example.pixels.dtype == np.uint8, f"pixels of {example.pixels.dtype}, not uint8"
-        assert example.pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3), example.pixels.shape
-        assert example.captions and not isinstance(example.captions, str), example.captions
-    class_names = sorted({example.label for example in examples})
-    assert not unseen or set(unseen) & set(class_names), f"no class is called {list(unseen)[:5]}"
-    gone = sorted(set(unseen) - set(class_names))
-    if gone:
-        skipped = [*skipped, f"unseen classes without an image: {', '.join(gone)}"]
-    number_of = {name: number for number, name in enumerate(class_names)}
-    arrays = {
-        "images": np.stack([example.pixels for example in examples]),
-        "labels": np.array([number_of[example.label] for example in examples]),
-        "unseen_classes": np.array([name in unseen for name in class_names]),
-        "rows": np.array([example.row for example in examples])}
-    if any(example.box is not None for example in examples):
-        arrays["boxes"] = stack_known([example.box for example in examples], (4,))
-    if any(example.keypoints is not None for example in examples):
-        arrays["keypoints"] = stack_known([example.keypoints for example in examples], (6, 2))
-    meta = dict(format=[CACHE_FORMAT, IMAGE_SIZE], paths=[str(path) for path in paths],
-                class_names=class_names, captions=[example.captions for example in examples])
-    lines = [printable(line) + "\n" for line in skipped]
-
+def prepare(path, name, paths):
+    """Build a data set and write its cache, whole or not at all. Archives are unpacked for it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=CACHE, prefix=".new-"))
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpacked-") as work:
+        folders = []
+        for number, packed in enumerate(paths):
+            folder = Path(work).resolve() / str(number)
+            folders.append(packed if packed.is_dir() else unpack(packed, folder))
+        build = DATASETS[name].build if name in DATASETS else build_folder
+        examples, unseen, skipped = build(*folders)
+        skipped = [printable(line) for line in skipped]
+        if not examples:
+            found = "; ".join(map(kinds_of_files, paths, folders))
+            first = f" ({skipped[0]})" if skipped else ""
+            raise UserError(f"{name}: no image with a caption{first}. {found}. Expected for each "
+                            "NAME.jpg a NAME.txt with a caption a line, or for data of your own a "
+                            "metadata.csv (README, \"Data\")")
+
+    # From a list of examples to a list of each of their fields.
+    pixels, captions, labels, rows, boxes, keypoints = zip(*examples)
+    class_names, labels = np.unique(labels, return_inverse=True)
+    texts = dict(captions=captions, class_names=class_names.tolist(), skipped=skipped)
+    texts = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    arrays = dict(images=np.stack(pixels), labels=labels, rows=np.array(rows),
+                  unseen_classes=np.isin(class_names, list(unseen)))
+    for key, values in dict(boxes=boxes, keypoints=keypoints).items():
+        if not np.isnan(values).all():
+            arrays[key] = np.array(values, np.float32)
+
+    skipped_file(name).write_text("\n".join(skipped), encoding="utf-8")
+    write_atomically(path, lambda f: np.savez(f, texts=texts, **arrays))
+    for older in CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.npz"):
+        if older != path:                       # of an earlier state of the same source
+            older.unlink(missing_ok=True)
+
+
+def kinds_of_files(path, folder):
+    """What is there in place of images and captions: birds.zip has 1 .pickle (captions.pickle)."""
+    kinds = {}
+    for name in names_below(folder):
+        kinds.setdefault(Path(name).suffix.lower(), []).append(name)
+    counts = [f"{len(names):,} {kind} ({names[0]})" for kind, names in kinds.items()]
+    return printable(f"{path.name} has {', '.join(counts[:8]) or 'no files'}")
+
+
+def read_cache(path, name):
     try:
-        for key, array in arrays.items():
-            np.save(new / f"{key}.npy", array)
-        (new / "skipped.txt").write_text("".join(lines), encoding="utf-8")
-        (new / "meta.json").write_text(json.dumps(meta))
-        new.chmod(0o755)
-        if folder.exists() and not (folder / "meta.json").exists():
-            shutil.rmtree(folder)                   # a cache of which someone removed a part
-        os.replace(new, folder)
-    except OSError:
-        if not (folder / "meta.json").exists():     # else another process was faster, all is well
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    for other in CACHE.iterdir():                   # of an earlier state of the same source
-        if other != folder and re.fullmatch(re.escape(label) + "-[0-9a-f]{16}", other.name):
-            shutil.rmtree(other, ignore_errors=True)
+        with np.load(path) as arrays:
+            fields = dict(arrays)
+        return Dataset(name=name, **json.loads(fields.pop("texts").tobytes()), **fields)
+    except Exception as error:          # the reader raises all sorts of things on a damaged file
+        raise UserError(f"the cache {path} is damaged ({type(error).__name__}: {error}): remove "
+                        "it, it is then built again") from None
 
 
+# ---- Grids and plots -------------------------------------------------------------------------
 def printable(text):
     """A text without line ends and other control characters: a blank for each."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def stack_known(values, shape):
-    """A list of arrays or None -> one float32 array, NaN for None."""
-    unknown = np.full(shape, np.nan)
-    return np.stack([unknown if v is None else v for v in values]).astype(np.float32)
-
-
-def read_cache(folder, name):
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        skipped = (folder / "skipped.txt").read_text(encoding="utf-8").splitlines()
-        arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
-        return Dataset(name=name, captions=meta["captions"], class_names=meta["class_names"],
-                       skipped=skipped, **arrays)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        raise UserError(f"the cache {folder} is damaged ({type(error).__name__}: {error}): "
-                        "remove this folder, it is then built again") from None
-
-
-# ---- Views of the images ---------------------------------------------------------------------
-def image_tensor(ds, device="cpu"):
-    """All images of a data set as one uint8 tensor (N, 76, 76, 3). On a CPU it stays
-    memory-mapped. Never write to it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # torch warns that the map is read-only
-        return torch.from_numpy(ds.images).to(device)
-
-
-def crops(images, index, dy, dx, flip):
-    """Windows of many images at once. images (N, 76, 76, 3) uint8; index, dy, dx (B,) int and
-    flip (B,) bool on the same device -> (B, 3, 64, 64) float32 in [-1, 1], channels last in
-    memory."""
-    steps = torch.arange(CROP, device=images.device)
-    rows = dy[:, None] + steps                                              # (B, 64)
-    columns = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
-    x = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]     # (B, 64, 64, 3)
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def random_crops(images, index):
-    """[A] section 5: a random view of each image, a 64x64 window, mirrored or not."""
-    B = len(index)
-    dy, dx = torch.randint(IMAGE_SIZE - CROP + 1, (2, B), device=images.device)
-    flip = torch.rand(B, device=images.device) < 0.5
-    return crops(images, index, dy, dx, flip)
-
-
-def centre_crops(images, index):
-    middle = torch.full_like(index, (IMAGE_SIZE - CROP) // 2)
-    return crops(images, index, middle, middle, torch.zeros_like(index, dtype=torch.bool))
-
-
-def to_pixels(x):
-    """(N, 3, 64, 64) in [-1, 1] -> (N, 64, 64, 3) uint8 on the CPU."""
-    x = (x.clamp(-1, 1) + 1) * 127.5
-    return x.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-# ---- Batches: x, h, h_wrong ------------------------------------------------------------------
-def caption_starts(ds):
-    """Where each image's captions begin when all captions are laid end to end: (N + 1,) long."""
-    return torch.tensor([0] + [len(captions) for captions in ds.captions]).cumsum(0)
-
-
-def random_captions(starts, images, count=1):
-    """Draw captions of images (B,): their rows (count, B) in the list of all captions."""
-    first = starts[images]
-    number = starts[images + 1] - first
-    draw = torch.rand(count, len(images), device=images.device) * number       # below `number`
-    return first + draw.long()
-
-
-def draw_other_class(own, classes):
-    """For classes `own` (B,), numbers from 0 to classes - 1, draw another class each: (B,).
-
-    Each other one is equally likely. With 5 classes and own = 3 a step of 1, 2, 3 or 4 is drawn,
-    and 3 + step, counted around the circle (modulo 5), is 4, 0, 1 or 2."""
-    step = 1 + random_below(classes - 1, own)
-    return (own + step) % classes
-
-
-def random_below(limit, like):
-    """Whole numbers from 0 to limit - 1, as many as `like` has. limit: a number, or one each."""
-    return (torch.rand(len(like), device=like.device, dtype=torch.float64) * limit).long()
-
-
-class Batches:
-    """All that a step reads, on the device: the images as uint8 and the embedding of every
-    caption. A batch is a few gathers, so that no loader process is needed.
-
-    caption_table: (captions of all images, 1024) half. captions=(low, high): h is the mean of k
-    captions of the image, k drawn from low to high. Raises UserError if there is only one
-    training class: a wrong text comes from another class."""
-
-    def __init__(self, ds, caption_table, device, captions=(1, 1)):
-        index = ds.training_images()
-        index = index[np.argsort(ds.labels[index], kind="stable")]      # class by class
-        _, class_of, class_size = np.unique(
-            ds.labels[index], return_inverse=True, return_counts=True)
-        if len(class_size) < 2:
-            raise UserError(f"{ds.name} has images of {len(class_size)} training class: at least "
-                            "two are needed, because a wrong text comes from another class")
-        self.images = image_tensor(ds, device)
-        self.captions = captions
-        self.caption_table = caption_table.to(device)
-        self.caption_starts = caption_starts(ds).to(device)
-        self.training_images = torch.from_numpy(index).to(device)       # (n,) class by class
-        self.class_of = torch.from_numpy(class_of).to(device)           # (n,) 0 .. classes - 1
-        self.class_size = torch.from_numpy(class_size).to(device)       # (classes,)
-        self.class_start = self.class_size.cumsum(0) - self.class_size  # where each class begins
-
-    def __len__(self):
-        return len(self.training_images)
-
-    def texts(self, images):
-        """h of images (B,): the mean of k random captions of each -> (B, 1024) float32."""
-        low, high = self.captions
-        rows = random_captions(self.caption_starts, images, high)       # (high, B)
-        h = self.caption_table[rows].float()                            # (high, B, 1024)
-        if low == high:
-            return h.mean(0)
-        k = torch.randint(low, high + 1, (len(images),), device=images.device)
-        taken = torch.arange(high, device=images.device)[:, None] < k   # (high, B): the first k
-        return (h * taken[:, :, None]).sum(0) / k[:, None]
-
-    def batch(self, positions):
-        """What [A] Algorithm 1 draws for a step: x, h and h_wrong.
-
-        positions (B,) in training_images -> images, texts that describe them, and texts of a
-        random image of another class.
-        """
-        other = draw_other_class(self.class_of[positions], len(self.class_size))
-        wrong = self.class_start[other] + random_below(self.class_size[other], positions)
-        x = random_crops(self.images, self.training_images[positions])
-        h = self.texts(self.training_images[positions])
-        h_wrong = self.texts(self.training_images[wrong])
-        return x, h, h_wrong
-
-
-def example_images(ds, n=6):
-    """n images of unseen classes (of any, if there are none), one a class, always the same."""
-    rng = np.random.default_rng(0)
-    classes = np.flatnonzero(ds.unseen_classes)
-    if len(classes) == 0:
-        classes = np.arange(len(ds.class_names))
-    chosen = rng.permutation(classes)[:n]
-    return [int(rng.choice(np.flatnonzero(ds.labels == label))) for label in chosen]
-
-
-# ---- Grids and plots -------------------------------------------------------------------------
-def image_grid(rows, texts=None, titles=None, scale=1, width=230):
+def image_grid(rows, texts=None, titles=None, scale=1):
     """Rows of equally many images, (H, W, 3) uint8 each, as one Pillow image. texts: one beside
-    each row, in a column of `width` pixels. titles: one above each column."""
-    font = ImageFont.load_default(13)
-    image_height, image_width = rows[0][0].shape[:2]
-    h = int(scale * image_height)
-    w = int(scale * image_width)
-    left = width if texts else 0
+    each row. titles: one above each column."""
+    height, width = [int(scale * side) for side in rows[0][0].shape[:2]]
+    left = 230 if texts else 0
     top = 22 if titles else 0
-    page = Image.new("RGB", (left + (w + 2) * len(rows[0]), top + (h + 2) * len(rows)), "white")
+    size = (left + (width + 2) * len(rows[0]), top + (height + 2) * len(rows))
+    page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
-    for j, title in enumerate(titles or []):
-        pen.text((left + j * (w + 2) + w / 2, 10), title, "black", font, "mm")
+    font = ImageFont.load_default(13)
     for i, row in enumerate(rows):
-        y = top + i * (h + 2)
+        y = top + i * (height + 2)
         if texts:
-            text = printable(texts[i][:500])
-            lines = textwrap.wrap(text, 32, max_lines=max(1, h // 17), placeholder=" ...")
+            lines = textwrap.wrap(printable(texts[i][:500]), 32, max_lines=max(1, height // 17),
+                                  placeholder=" ...")
             pen.multiline_text((6, y + 2), "\n".join(lines), "black", font)
         for j, pixels in enumerate(row):
-            image = Image.fromarray(np.ascontiguousarray(pixels)).resize((w, h), Image.NEAREST)
-            page.paste(image, (left + j * (w + 2), y))
+            x = left + j * (width + 2)
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            page.paste(image.resize((width, height), Image.NEAREST), (x, y))
+            if titles:
+                pen.text((x + width / 2, 10), titles[j], "black", font, "mm")
     return page
 
 
@@ -1397,26 +999,22 @@ def plot(panels, path, size=360):
     """Write line plots side by side. panels: a list of {name: (xs, ys)}. Axes begin at 0."""
     page = Image.new("RGB", (size * len(panels), size), "white")
     pen = ImageDraw.Draw(page)
-    for number, lines in enumerate(panels):
+    for number, panel in enumerate(panels):
+        lines = {name: np.array([*zip(*x_y), (0, 0)], float) for name, x_y in panel.items()}
+        widest, highest = np.concatenate([*lines.values(), [(1e-9, 1e-9)]]).max(0)
         left = number * size + 45
-        right = (number + 1) * size - 15
         top = 20 + 14 * len(lines)
+        right = left + size - 60
         bottom = size - 30
-        widest = max([1e-9] + [float(max(xs, default=0)) for xs, _ in lines.values()])
-        highest = max([1e-9] + [float(max(ys, default=0)) for _, ys in lines.values()])
         pen.rectangle((left, top, right, bottom), outline="grey")
         pen.text((left - 6, top), f"{highest:.1f}", "black", anchor="rm")
-        pen.text((left - 6, bottom), "0", "black", anchor="rm")
         pen.text((right, bottom + 12), f"{widest:g}", "black", anchor="rm")
-        for i, (name, (xs, ys)) in enumerate(lines.items()):
-            points = []
-            for x, y in zip(xs, ys):
-                points.append((left + (right - left) * float(x) / widest,
-                               bottom - (bottom - top) * float(y) / highest))
+        for i, (name, points) in enumerate(lines.items()):
             colour = ("black", "red", "green", "orange", "blue")[i % 5]
-            if len(points) > 1:
-                pen.line(points, colour, 2)
             pen.text((left, 10 + 14 * i), name, colour, anchor="lm")
+            x = left + points[:-1, 0] * (right - left) / widest
+            y = bottom - points[:-1, 1] * (bottom - top) / highest
+            pen.line(list(zip(x, y)), colour, 2)
     save_image(page, path)
 
 
@@ -1436,21 +1034,24 @@ class UserError(Exception):
 def run_script(main):
     """Run a script's main function. UserError and Ctrl-C give a line, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Progress shows at once, in a file too; letters that a console lacks end no run.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        # Progress shows at once, in a file too; letters that a console lacks end no run.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    code = 2
     try:
-        main()
+        return main()
+    except BrokenPipeError:         # `| head` has read enough: what is still to come goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(code)
     except (UserError, OSError) as error:       # OSError: a full disk, a folder without rights
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        line = f"error: {error}"
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end "
-              "what else runs on it", file=sys.stderr)
-        sys.exit(2)
+        line = ("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end "
+                "what else runs on it")
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        line = "stopped"
+        code = 130
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def int_between(low, high):
@@ -1567,18 +1168,15 @@ def pick_device(name="auto"):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch device. auto: CUDA where there is one. Raises
     UserError for any other. On CUDA, "fp32" means TF32 from here on: products and convolutions
     take numbers with 10 bits behind the point, which is several times as fast."""
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here += ["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
-        name = "cuda" if "cuda" in here else "cpu"
-    if name not in here:
-        raise UserError(f"there is no device {name!r} here, expected one of: {', '.join(here)}")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"unknown device {name!r}: expected auto, cpu, cuda, or cuda:1")
     try:
         probe = torch.ones(1, device=name)
         probe.sum().item()              # a kernel must run, not only be sent
         device = probe.device
-    except RuntimeError as error:       # a driver or a card that does not fit, for instance
+    except Exception as error:          # no such card; or a driver that does not fit
         raise UserError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1625,13 +1223,13 @@ def cpu_has_bf16():
 def time_convolution(precision):
     """Seconds for one of D's convolutions on the CPU, forward and backward. Draws no random
     numbers, so that a seed gives the same run with and without it."""
-    x = torch.ones(32, 64, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.ones(128, 64, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.ones(32, 64, 16, 16, requires_grad=True)
+    weight = torch.ones(128, 64, 4, 4, requires_grad=True)
     start = time.perf_counter()
     with torch.enable_grad():
-        with autocast(torch.device("cpu"), precision):
-            y = F.conv2d(x, weight, stride=2, padding=1)
-        torch.autograd.grad(y.float().sum(), (x, weight))
+        with autocast("cpu", precision):
+            y = F.conv2d(x.to(memory_format=torch.channels_last), weight, stride=2, padding=1)
+        y.float().sum().backward()
     return time.perf_counter() - start
 
 
@@ -1655,34 +1253,25 @@ def add_options(add):
         help="folder with the files of a data set, such as cub, that you fetched by hand")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Prepare a data set and report what it holds.")
     add_options(parser.add_argument)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ds = load(args.dataset, args.source)
-    captions = sum(map(len, ds.captions))
-    unseen = int(ds.unseen_classes.sum())
-    print(f"{args.dataset}: {len(ds.images):,} images, {captions:,} captions, "
-          f"{len(ds.class_names)} classes")
-    print(f"  training: {len(ds.training_images()):,} images of {len(ds.class_names) - unseen} "
-          f"classes; unseen: {len(ds.unseen_images()):,} of {unseen}")
-    print(f"  {ds.images.nbytes / 1e6:.0f} MB of pixels; boxes: {ds.boxes is not None}; "
-          f"keypoints: {ds.keypoints is not None}")
+    print(f"{args.dataset}: {len(ds.images):,} images, {sum(map(len, ds.captions)):,} captions; "
+          f"boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
+    for kind, index in (("to train on", ds.training_images()),
+                        ("unseen, never trained on", ds.unseen_images())):
+        print(f"  {kind}: {len(index):,} images, classes: {len(set(ds.labels[index]))}")
     for line in ds.skipped[:10]:
         print(f"  skipped {line}")
-    if len(ds.skipped) > 10:
-        print(f"  ... {len(ds.skipped)} in all, listed in skipped.txt of the cache")
-
-    rng = random.Random(1)
+    shown = example_images(ds, 8)
     rows = []
-    texts = []
-    for label in rng.sample(range(len(ds.class_names)), min(8, len(ds.class_names))):
-        of_class = np.flatnonzero(ds.labels == label)
-        images = [int(rng.choice(of_class)) for _ in range(6)]
-        rows.append([ds.images[i] for i in images])
-        texts.append(rng.choice(ds.captions[images[0]]))
+    for image in shown:
+        of_class = np.flatnonzero(ds.labels == ds.labels[image])
+        rows.append(ds.images[[image, *random.choices(of_class, k=5)]])
     path = CACHE / f"{short_name(args.dataset)}.png"
-    save_image(image_grid(rows, texts), path)
+    save_image(image_grid(rows, [ds.captions[image][0] for image in shown]), path)
     print(f"  contact sheet: {path}")
 
 
