@@ -22,6 +22,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -567,7 +568,7 @@ def table_rows(folder, table):
             columns = [column for column in ("text", "caption") if column in entry]
             if "file_name" not in entry or not columns:
                 raise ValueError("expected columns file_name and text (or caption), found "
-                                 f"{', '.join(entry)}")
+                                 f"{', '.join(map(str, entry))}")
             captions = entry[columns[0]]
             for caption in captions if isinstance(captions, list) else [captions]:
                 rows.append((str(entry["file_name"]), str(caption or "")))
@@ -582,12 +583,14 @@ def csv_entries(text):
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     header, *rows = filter(None, reader)                    # without empty lines
+    header = [column.strip().lower() for column in header]
     last = len(header) - 1
     for row in rows:
         if header[last] in ("text", "caption"):
             row[last:] = [separator.join(row[last:])]
         if len(row) > len(header):
-            raise ValueError(f"more columns than in the first row, in that of {row[0]}")
+            raise ValueError(f"the row of {row[0]!r} has more columns than the first row: put a "
+                             "text with commas in quotes")
     return [dict(zip(header, row)) for row in rows]
 
 
@@ -868,8 +871,8 @@ def load(name, source=None):
     # A folder's whole path: a run on it may go on from another place.
     ds = read_cache(path, name if name in DATASETS else str(Path(name).resolve()))
     if ds.skipped:
-        print(f"{name}: {len(ds.images):,} images are used, {len(ds.skipped):,} things are not: "
-              f"see {skipped_file(name)}. The last one: {ds.skipped[-1]}")
+        print(f"{name}: {len(ds.images):,} images are used. What is left out and why "
+              f"({len(ds.skipped):,} in all) is in {skipped_file(name)}; its end: {ds.skipped[-1]}")
     return ds
 
 
@@ -1263,8 +1266,14 @@ def main(argv=None):
     for kind, index in (("to train on", ds.training_images()),
                         ("unseen, never trained on", ds.unseen_images())):
         print(f"  {kind}: {len(index):,} images, classes: {len(set(ds.labels[index]))}")
+    captions = list(itertools.chain(*ds.captions))
+    letters = list(filter(str.isalpha, "".join(captions).lower()))
+    read = sum(map(str.isascii, letters)) / len(letters)        # as encoder.py reads captions
+    long = sum(len(caption) > 201 for caption in captions)
+    print(f"  a to z, which the text encoder reads: {read:.1%} of the captions' letters; captions "
+          f"longer than the 201 letters that it reads: {long:,}")
     for line in ds.skipped[:10]:
-        print(f"  skipped {line}")
+        print(f"  left out: {line}")
     shown = example_images(ds, 8)
     rows = []
     for image in shown:

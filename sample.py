@@ -599,7 +599,8 @@ def measure_runs(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Generate images from texts, or measure runs.", fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = re.compile(r".*\S.*").findall     # empty lines are no texts
+    # Empty lines are no texts, and Windows' editors put U+FEFF before the first one.
+    parser.convert_arg_line_to_args = re.compile(r"[^\s\ufeff].*").findall
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a row each; @FILE stands for the lines of a file")
     add("--weights", metavar="RUN",
@@ -620,7 +621,7 @@ def parse_args(argv):
     try:
         args = parser.parse_args(argv)
     except UnicodeDecodeError:
-        parser.error("@FILE: expected a text file, a sentence a line")
+        parser.error("@FILE: expected a text file in UTF-8, a sentence a line")
     if args.truncation is None:
         args.truncation = 1.0 if args.measure else TRUNCATION
     if not args.texts and not args.measure:

@@ -1647,7 +1647,7 @@ OWN_LAYOUTS = {
         ".ipynb_checkpoints/p0.png": jpeg(), ".ipynb_checkpoints/p0.txt": b"not data",
         "__MACOSX/kind0/._p0.png": b"fork"},
     "csv": {**IMAGES, **own_table("metadata.csv", '%s,"%s"', "file_name,text")},
-    "csv of Excel": {**IMAGES, **own_table("metadata.csv", "%s;%s", "file_name;caption")},
+    "csv of Excel": {**IMAGES, **own_table("metadata.csv", "%s;%s", "File_Name; caption")},
     "csv without quotes": {**IMAGES, **own_table("metadata.csv", "%s,%s", "file_name,text")},
     "jsonl": {**IMAGES, **own_table("metadata.jsonl", '{"file_name": "%s", "text": "%s"}')},
     "jsonl in a folder": {
@@ -1711,7 +1711,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(here, capsys):
     for _ in range(2):                                      # built, and read again
         ds = data.load(str(mine))
         listed, = Path("cache").glob("own-mine-*-skipped.txt")
-        assert f"7 things are not: see {listed}" in capsys.readouterr().out
+        assert f"(7 in all) is in {listed}" in capsys.readouterr().out
         assert listed.read_text().splitlines() == ds.skipped
     check_form(ds, 12, 4, 1)
     several = "several images have this name, so no caption"
@@ -2621,7 +2621,7 @@ def test_generated_images_have_256_levels_and_come_in_parts(here, monkeypatch):
 
 def test_texts_from_a_file_and_words_that_are_no_sentence(here, capsys):
     run = ["--weights", run_by_hand(here / "run.pt"), "--n", 2]
-    (here / "queries.txt").write_text("an all black bird\n\n   \n a red   bird \n")
+    (here / "queries.txt").write_text("\ufeffan all black bird\n\n   \n a red   bird \n")
     wanted = picture("an all black bird", "a red bird", "a fish", *run)
     assert np.array_equal(picture("@queries.txt", "a fish", *run), wanted)
     assert "row for each word" not in capsys.readouterr().out
@@ -2951,10 +2951,12 @@ def check_refused(capsys, module, args, message):
 def test_data_on_its_own(here, capsys):
     own_folder(here / "mine")
     unpacked(here / "mine", {f"kind0/bare{i}.png": jpeg() for i in range(12)})
+    unpacked(here / "mine", {"kind0/p0.txt": ("птица" * 41).encode()})     # 205 letters beside 143
     assert call(data, "--dataset", "mine") == 0
     out = capsys.readouterr().out
-    assert "12 images, 24 captions" in out and "12 things are not" in out
+    assert "12 images, 23 captions" in out and "(12 in all) is in" in out
     assert "unseen, never trained on: 3 images, classes: 1" in out
+    assert "reads: 41.1% of the captions' letters" in out and "that it reads: 1\n" in out
     sheet = Image.open(f"cache/{data.short_name('mine')}.png")
     assert sheet.height == 4 * 78
 
@@ -3005,7 +3007,7 @@ BAD_DATA = [
      "1 .jpg (1.A/a.jpg); text has 1 .txt (1.B/b.txt)"),
     # Tables.
     (table("metadata.csv", b"file;words\na.jpg;a bird\n"), ["x"], "found file, words"),
-    (table("metadata.csv", b"text,file_name\na bird, red,a.jpg\n"), ["x"], "in that of a bird"),
+    (table("metadata.csv", b"text,file_name\na bird, red,a.jpg\n"), ["x"], "the row of 'a bird' has"),
     (table("metadata.csv", b"file_name,te\0xt\na.jpg,a bird\n"), ["x"], "metadata.csv cannot"),
     (table("metadata.jsonl", b'{"file_name": "a.jpg"'), ["x"], "metadata.jsonl cannot be read"),
     (table("metadata.jsonl", b"[" * 100_000), ["x"], "metadata.jsonl cannot be read"),
