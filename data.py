@@ -928,7 +928,7 @@ def prepare(path, name, paths):
             first = f" ({skipped[0]})" if skipped else ""
             raise UserError(f"{name}: no image with a caption{first}. {found}. Expected for each "
                             "NAME.jpg a NAME.txt with a caption a line, or for data of your own a "
-                            "metadata.csv (README, \"Data\")")
+                            "metadata.jsonl (README, \"Data\", says how to write one)")
 
     # From a list of examples to a list of each of their fields.
     pixels, captions, labels, rows, boxes, keypoints = zip(*examples)

@@ -3280,6 +3280,7 @@ BAD_SAMPLING = [
     ([TEXT, "--n", "0"], "expected a number from 1 to 64"),
     ([TEXT, "--weights", "run", "--out", "x.exe"], "x.exe"),
     ([TEXT, "--interpolate"], "expected 2"),
+    ([TEXT, "--interpolate-style", "--style", "a.png"], "not allowed with"),
     ([TEXT, "--weights", "run", "--style", "latin.txt"], "cannot read the image latin.txt"),
     ([TEXT, "--weights", "run", "--style", "missing.jpg"], "cannot read the image missing.jpg"),
     (["--measure", "missing"], "no run missing"),
