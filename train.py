@@ -556,7 +556,7 @@ def train_variant(args, variant):
     path = folder / "checkpoint.pt"
     resume = path.exists() if args.variant == "all" else args.resume
     if resume:
-        run, ds = resumed_run(args, variant, path)
+        run, ds = resumed_run(args, path)
     else:
         run, ds = new_run(args, variant, path)
     settings = run.settings
@@ -652,14 +652,14 @@ def choose_settings(args, variant, ds, device):
         precision=data.pick_precision(device, args.precision or "auto"))
 
 
-def resumed_run(args, variant, path):
+def resumed_run(args, path):
     """(run, data set) from a checkpoint. What the command line says must agree with it."""
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; leave --resume out to begin it")
     checkpoint = data.load_checkpoint(path, "gan-cls")
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
-        check_agreement(args, variant, settings, path)
+        check_agreement(args, settings, path)
         trained_on = args.dataset or settings["dataset"]
     ds = data.load(trained_on, args.source)     # what fails here is not the checkpoint's fault
     with data.checkpoint_errors(path):
@@ -679,12 +679,11 @@ def resumed_run(args, variant, path):
     return run, ds
 
 
-def check_agreement(args, variant, settings, path):
+def check_agreement(args, settings, path):
     """Raise UserError where an option was given that is not the run's."""
-    asked = dict(recipe=args.recipe, batch_size=args.batch_size, seed=args.seed, ngf=args.ngf,
-                 ndf=args.ndf, variant=variant if args.variant else None)
-    for key, value in asked.items():
-        if value is not None and value != settings[key]:
+    for key in ("recipe", "batch_size", "seed", "ngf", "ndf", "variant"):
+        value = getattr(args, key)
+        if value not in (None, "all", settings[key]):
             option = "--" + key.replace("_", "-")
             raise UserError(f"{path} was begun with {option} {settings[key]}, not {value}: leave "
                             f"{option} out to go on with it, or name another --out")
@@ -719,30 +718,26 @@ def benchmark(args):
     ds = data.Dataset(
         "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
         np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
-    run = Run(choose_settings(args, args.variant or "gan-int-cls", ds, device), device)
-    batches = Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"])
-    step = Step(run, batches)
+    settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
+    run = Run(settings, device)
+    step = Step(run, Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"]))
     positions = step.positions.clone()
-    settings = run.settings
-    precision = settings["precision"]
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
-          f"{len(positions)}, {settings['variant']}, recipe {settings['recipe']}")
+    print(f"{name}; torch {torch.__version__}; {settings}")
 
     def four_steps():                           # every fourth has the gradient penalty
         for _ in range(4):
             step(positions)
 
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=data.DTYPES[precision])
+    a = torch.randn(size, size, device=device, dtype=data.DTYPES[settings["precision"]])
     product = 2 * size ** 3 / seconds(lambda: a @ a) / 1e12
-    print(f"  a matrix product, {precision}: {product:.2f} TFLOP/s")
+    print(f"  a matrix product: {product:.2f} TFLOP/s")
     with FlopCounterMode(display=False) as counter:
         step.algorithm_1()
     tera = counter.get_total_flops() / 1e12
-
     for how in ("eager", "recorded"):
         core = seconds(step.algorithm_1)
         whole = seconds(four_steps) / 4
