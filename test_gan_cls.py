@@ -15,9 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gzip
 import hashlib
-import http.server
 import inspect
 import io
 import itertools
@@ -39,7 +37,6 @@ import textwrap
 import threading
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2202,7 +2199,7 @@ def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch, capsys):
         return out
 
     monkeypatch.setattr(train, "gan_cls_step", watched)
-    monkeypatch.setattr(train, "TELL_AT", 4)
+    monkeypatch.setattr(train, "FIRST_SAMPLES", (4,))
     assert call(train, *TINY, "--steps", 5, "--out", "run") == 0
     rows = load_run("run")["history"]
     assert [row["step"] for row in rows] == [2, 4, 5]
@@ -2504,8 +2501,8 @@ def test_cuda_what_cannot_be_recorded_runs_eagerly(monkeypatch, warm_up, message
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_run_goes_on_on_a_cpu_and_back(tiny, capsys):
     options = [*TINY, "--out", "run"]
-    for device, steps, more in (("cuda", 4, []), ("cpu", 6, ["--resume"]), ("cuda", 8, ["--resume"]),
-                                ("cuda", 10, ["--resume", "--eager"])):
+    for device, steps, more in (("cuda", 4, ()), ("cpu", 6, ("--resume",)),
+                                ("cuda", 8, ("--resume",)), ("cuda", 10, ("--resume", "--eager"))):
         assert call(train, *options, *more, "--steps", steps, "--device", device) == 0
         out = capsys.readouterr().out
         assert f"fp32 on {device}" in out and "not recorded" not in out
@@ -3103,7 +3100,8 @@ def test_adam_keeps_its_state_in_the_order_of_the_weights():
     ("mine", "cpu", 64, [], "quick", 600 * (64 // 32), 32),     # few images need no 25,000 steps
     ("mine", "cuda", 64, [], "gpu", 5000, 128),
 ])
-def test_recipe_and_length_follow_data_and_device(name, device, images, options, recipe, steps, ngf):
+def test_recipe_and_length_follow_data_and_device(
+        name, device, images, options, recipe, steps, ngf):
     args = train.parse_args(["--device", "cpu", "--precision", "fp32", *map(str, options)])
     ds = data.Dataset(name, None, [["a bird"]] * images, np.arange(images) % 8, list("abcdefgh"),
                       np.zeros(8, bool), np.arange(images))
@@ -3236,7 +3234,7 @@ BAD_TRAINING = [
     ([*TINY, "--steps", "-3"], "expected a number"),
     (["--device", "toaster"], "toaster"),
     (["--device", "mps"], "unknown device 'mps'"),
-    ([*TINY, "--out", "few", "--batch-size", 3], "--batch-size 3 is too small"),
+    ([*TINY, "--out", "few", "--batch-size", 3], "--batch-size is too small"),
     (["--out", "run", "--resume", "--steps", 3], "has done 4 steps"),
     (["--ngf", 100_000], "expected a number from 1 to 1,024"),
     (["--variant", "all", "--out", "x"], "in its own folder"),
