@@ -105,11 +105,8 @@ def here(tmp_path, monkeypatch):
 
 def call(module, *args):
     """A script's command line, in this process. Returns its exit code."""
-    argv = [str(arg) for arg in args]
-    sys.argv = [module.__name__, *argv]                         # for a main without arguments
-    inputs = [argv][:module.main.__code__.co_argcount]
     try:
-        data.run_script(lambda: module.main(*inputs))
+        data.run_script(lambda: module.main([str(arg) for arg in args]))
         return 0
     except SystemExit as stop:
         return stop.code or 0
@@ -130,10 +127,6 @@ def small_batch(B=8, dtype=torch.float64):
     torch.manual_seed(1)
     x = 2 * torch.rand(B, 3, 64, 64, dtype=dtype) - 1
     return x, torch.randn(B, 12, dtype=dtype), torch.randn(B, 12, dtype=dtype)
-
-
-def gradients(net):
-    return [p.grad for p in net.parameters()]
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -306,6 +299,7 @@ def random_data(name="random"):
     images = np.random.default_rng(0).integers(0, 256, (64, 76, 76, 3), np.uint8)
     return data.Dataset(name, images, [["a bird", "a red bird"]] * 64, np.arange(64) % 8,
                         list("abcdefgh"), np.zeros(8, bool), np.arange(64))
+
 
 # ==============================================================================================
 # The graders
