@@ -2556,7 +2556,7 @@ def test_sampling_modes(here, capsys):
     i = picture("--interpolate", *texts)
     z = picture("--interpolate-style", "a red bird")
     Image.new("CMYK", (300, 40)).save("q.jpg")
-    Image.new("I;16", (20, 20)).save("q.png")
+    Image.new("RGBA", (20, 20)).save("q.png")
     s = picture(*texts, "--style", "q.jpg", "q.png")
     assert i.shape[1] == z.shape[1] > s.shape[1] and len(i) > len(s) > len(z)
 
