@@ -15,9 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gzip
 import hashlib
-import http.server
 import inspect
 import io
 import itertools
@@ -39,7 +37,6 @@ import textwrap
 import threading
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,11 +105,8 @@ def here(tmp_path, monkeypatch):
 
 def call(module, *args):
     """A script's command line, in this process. Returns its exit code."""
-    argv = [str(arg) for arg in args]
-    sys.argv = [module.__name__, *argv]                         # for a main without arguments
-    inputs = [argv][:module.main.__code__.co_argcount]
     try:
-        data.run_script(lambda: module.main(*inputs))
+        data.run_script(lambda: module.main([str(arg) for arg in args]))
         return 0
     except SystemExit as stop:
         return stop.code or 0
@@ -133,10 +127,6 @@ def small_batch(B=8, dtype=torch.float64):
     torch.manual_seed(1)
     x = 2 * torch.rand(B, 3, 64, 64, dtype=dtype) - 1
     return x, torch.randn(B, 12, dtype=dtype), torch.randn(B, 12, dtype=dtype)
-
-
-def gradients(net):
-    return [p.grad for p in net.parameters()]
 
 
 # ---- Files -----------------------------------------------------------------------------------
@@ -309,6 +299,7 @@ def random_data(name="random"):
     images = np.random.default_rng(0).integers(0, 256, (64, 76, 76, 3), np.uint8)
     return data.Dataset(name, images, [["a bird", "a red bird"]] * 64, np.arange(64) % 8,
                         list("abcdefgh"), np.zeros(8, bool), np.arange(64))
+
 
 # ==============================================================================================
 # The graders
@@ -2202,7 +2193,7 @@ def test_progress_is_the_mean_since_the_last_line(tiny, monkeypatch, capsys):
         return out
 
     monkeypatch.setattr(train, "gan_cls_step", watched)
-    monkeypatch.setattr(train, "TELL_AT", 4)
+    monkeypatch.setattr(train, "FIRST_SAMPLES", (4,))
     assert call(train, *TINY, "--steps", 5, "--out", "run") == 0
     rows = load_run("run")["history"]
     assert [row["step"] for row in rows] == [2, 4, 5]
@@ -2504,8 +2495,8 @@ def test_cuda_what_cannot_be_recorded_runs_eagerly(monkeypatch, warm_up, message
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_run_goes_on_on_a_cpu_and_back(tiny, capsys):
     options = [*TINY, "--out", "run"]
-    for device, steps, more in (("cuda", 4, []), ("cpu", 6, ["--resume"]), ("cuda", 8, ["--resume"]),
-                                ("cuda", 10, ["--resume", "--eager"])):
+    for device, steps, more in (("cuda", 4, ()), ("cpu", 6, ("--resume",)),
+                                ("cuda", 8, ("--resume",)), ("cuda", 10, ("--resume", "--eager"))):
         assert call(train, *options, *more, "--steps", steps, "--device", device) == 0
         out = capsys.readouterr().out
         assert f"fp32 on {device}" in out and "not recorded" not in out
@@ -2565,7 +2556,7 @@ def test_sampling_modes(here, capsys):
     i = picture("--interpolate", *texts)
     z = picture("--interpolate-style", "a red bird")
     Image.new("CMYK", (300, 40)).save("q.jpg")
-    Image.new("I;16", (20, 20)).save("q.png")
+    Image.new("RGBA", (20, 20)).save("q.png")
     s = picture(*texts, "--style", "q.jpg", "q.png")
     assert i.shape[1] == z.shape[1] > s.shape[1] and len(i) > len(s) > len(z)
 
@@ -3078,10 +3069,10 @@ def test_benchmark_prints_and_writes_nothing(here, capsys, monkeypatch):
     needs_exercises(1, 2, 4, 5)
     monkeypatch.setattr(train, "seconds", lambda function: function() is None and 0.5 or 0.25)
     assert call(train, "--benchmark", "--ngf", 2, "--ndf", 2, "--batch-size", 8, "--device", "cpu",
-                "--precision", "bf16") == 0
+                "--precision", "fp32") == 0
     out = capsys.readouterr().out
     rate = 2 * 2048 ** 3 / 0.25 / 1e12
-    assert f"a matrix product, bf16: {rate:.2f} TFLOP/s" in out
+    assert f"a matrix product: {rate:.2f} TFLOP/s" in out and "'fp32'" in out
     assert re.search(r"eager: .* 500.0 ms, [\d.]+ TFLOP/s, \d+% of the product's rate", out)
     assert re.search(r"the whole step 125.0 ms, 64 images/s", out) and list(here.iterdir()) == []
 
@@ -3105,7 +3096,8 @@ def test_adam_keeps_its_state_in_the_order_of_the_weights():
     ("mine", "cpu", 64, [], "quick", 600 * (64 // 32), 32),     # few images need no 25,000 steps
     ("mine", "cuda", 64, [], "gpu", 5000, 128),
 ])
-def test_recipe_and_length_follow_data_and_device(name, device, images, options, recipe, steps, ngf):
+def test_recipe_and_length_follow_data_and_device(
+        name, device, images, options, recipe, steps, ngf):
     args = train.parse_args(["--device", "cpu", "--precision", "fp32", *map(str, options)])
     ds = data.Dataset(name, None, [["a bird"]] * images, np.arange(images) % 8, list("abcdefgh"),
                       np.zeros(8, bool), np.arange(images))
@@ -3238,7 +3230,7 @@ BAD_TRAINING = [
     ([*TINY, "--steps", "-3"], "expected a number"),
     (["--device", "toaster"], "toaster"),
     (["--device", "mps"], "unknown device 'mps'"),
-    ([*TINY, "--out", "few", "--batch-size", 3], "--batch-size 3 is too small"),
+    ([*TINY, "--out", "few", "--batch-size", 3], "--batch-size is too small"),
     (["--out", "run", "--resume", "--steps", 3], "has done 4 steps"),
     (["--ngf", 100_000], "expected a number from 1 to 1,024"),
     (["--variant", "all", "--out", "x"], "in its own folder"),

@@ -64,10 +64,8 @@ RECIPES = {
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
         augment=True,           # D sees images shifted, lighter, darker: it memorises less
         sharpen=0.0,            # off; above 0 D sees images with more fine detail, see "toy"
-        blends_to_D=True,       # D sees the fake images of eq. 5 too: else G can find one image
-                                # that fools D for many blends, whatever z
-        mode_seeking=0.05,      # term of G's loss: other z, other images; without it and style, z
-                                # had hardly any effect
+        blends_to_D=True,       # D sees the fake images of eq. 5 too: else one may fool it for all
+        mode_seeking=0.05,      # term of G's loss: other z, other images; else z has little effect
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
         ema=0.998,              # samples use a moving average of G over about 500 steps
@@ -78,23 +76,20 @@ RECIPES["toy"] = dict(
     steps=6000,
     sharpen=1.5,                # else checkerboard artefacts, and birds without legs and eyes
     style=0.1,                  # each z has its direction; on photographs 0.1 gave dark spots
-    r1=0.3)                     # with 0 D memorised 150 species; with 0.1 fewer transferred styles
-                                # were kept. On photographs, with 0.1, D ignored the text
-# The default with CUDA: "quick" in large batches, for the paper's 600 epochs.
-RECIPES["gpu"] = dict(
+    r1=0.3)                     # with 0 D memorised 150 species; on photographs 0.1 was too much
+RECIPES["gpu"] = dict(          # the default with CUDA: large batches, the paper's 600 epochs
     RECIPES["quick"],
-    steps=None,                 # 600 epochs, and with few images
-    fewest_steps=5000,          # at least these
+    steps=None,                 # 600 epochs, and with few images at least
+    fewest_steps=5000,          # these
     batch_size=128,
     lr_G=5e-4,                  # a little more than for batches of 32
     lr_D=2.5e-4,
-    ema=0.999,                  # over about 1,000 steps: there are more of them
+    ema=0.999,                  # over about 1,000 steps
     decay=0.04)
 
 STYLE_STEPS = 1200              # of S, after G and D
 EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
 FIRST_SAMPLES = (100, 250)                      # steps: so that something is seen early
-TELL_AT = 100                                   # step after which the time of the whole is told
 SAVE_SECONDS = 60                               # between two saves: a GPU takes 500 steps in less
 
 
@@ -104,8 +99,7 @@ def train(run, batches, out_dir, sample_grid, eager=False, start=None, log=print
     """Train to run.settings["steps"]. Returns False where Ctrl-C or kill ended it earlier.
 
     sample_grid(G) -> an image of samples. Progress lines are means since the last one. With CUDA
-    the step is recorded once and replayed, unless it is to be `eager`. start: when the work for
-    this run began (time.time()), phi included.
+    the step is recorded, unless it is to be `eager`. start: time.time() before phi was trained.
     """
     settings = run.settings
     B = settings["batch_size"]
@@ -183,9 +177,9 @@ class Step:
     def record(self, log=print):
         """Record both parts as CUDA graphs; from then on a call of either replays its graph.
 
-        A step is some 1,200 kernels. Launching them one by one takes Python 32 ms on a fast card,
-        which needs 9 to run them. A replayed graph reads and writes the same memory each time:
-        self.positions, the weights, Adam's rates. Whatever raises here leaves the step as it was.
+        A step is some 1,200 kernels. Launching them takes Python 32 ms on a fast card, which runs
+        them in 9. A replayed graph reads and writes the same memory each time: self.positions, the
+        weights, Adam's rates. Whatever raises here leaves the step as it was.
         """
         before = copy.deepcopy(self.run.state())
         parts = [self.algorithm_1]
@@ -317,11 +311,11 @@ class Meter:
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         self.log(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
                  f"{self.run.settings['batch_size'] / seconds:.0f} images/s  {left:.1f} min left")
-        if done == TELL_AT:
-            so_far = (time.time() - self.begun) / 60
+        if done == FIRST_SAMPLES[0]:
+            over = (time.time() - self.begun) / 60
             style = STYLE_STEPS * seconds / 2 / 60              # a step of S is half as long
-            self.log(f"the whole takes about {so_far + left + style:.0f} minutes, of which "
-                     f"{so_far:.1f} are over and S will take {style:.1f}")
+            self.log(f"the whole takes about {over + left + style:.0f} minutes: {over:.1f} are "
+                     f"over, S will take {style:.1f}")
 
 
 def check_health(means, history, step):
@@ -368,10 +362,8 @@ def plot_history(history, path):
 # ---- The state of a run ----------------------------------------------------------------------
 
 class Run:
-    """Networks, optimizers and what else a checkpoint holds.
-
-    settings: a dict of plain values; phi_checkpoint: see encoder.build.
-    """
+    """Networks, optimizers and what else a checkpoint holds. settings: a dict of plain values;
+    phi_checkpoint: see encoder.build."""
 
     def __init__(self, settings, device, phi_checkpoint=None):
         self.settings = settings
@@ -398,7 +390,7 @@ class Run:
         self.amp = data.autocast(device, settings["precision"])
         self.scaler = data.grad_scaler(device, settings["precision"])
 
-    # What recipes "quick" and "toy" add to Algorithm 1.
+    # What all recipes but "paper" add to Algorithm 1.
 
     def view(self, x):
         """What D sees of images (N, 3, 64, 64), real or fake."""
@@ -556,7 +548,7 @@ def train_variant(args, variant):
     path = folder / "checkpoint.pt"
     resume = path.exists() if args.variant == "all" else args.resume
     if resume:
-        run, ds = resumed_run(args, variant, path)
+        run, ds = resumed_run(args, path)
     else:
         run, ds = new_run(args, variant, path)
     settings = run.settings
@@ -628,10 +620,9 @@ def choose_settings(args, variant, ds, device):
         recipe = "gpu"
     n = len(ds.training_images())
     batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], n)
-    if n < 4:
-        raise UserError(f"{n} training images are too few: expected 4 or more")
     if batch_size < 4:
-        raise UserError(f"--batch-size {batch_size} is too small: expected 4 or more")
+        what = f"{n} training images are too few" if n < 4 else "--batch-size is too small"
+        raise UserError(f"{what}: expected 4 or more")
 
     steps = args.steps
     if not steps:
@@ -639,10 +630,8 @@ def choose_settings(args, variant, ds, device):
         steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
         steps = min(steps, RECIPES[recipe]["steps"] or steps)
 
-    ngf = args.ngf
-    if not ngf and device.type == "cuda":
-        ngf = 128                               # the authors' width
-    if not ngf:
+    ngf = args.ngf or 128                       # the authors' width
+    if not args.ngf and device.type != "cuda":
         ngf = 32
         print("no CUDA device: a quarter of the authors' width, ngf 32 (--ngf and --ndf choose)")
     return dict(
@@ -652,14 +641,14 @@ def choose_settings(args, variant, ds, device):
         precision=data.pick_precision(device, args.precision or "auto"))
 
 
-def resumed_run(args, variant, path):
+def resumed_run(args, path):
     """(run, data set) from a checkpoint. What the command line says must agree with it."""
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; leave --resume out to begin it")
     checkpoint = data.load_checkpoint(path, "gan-cls")
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
-        check_agreement(args, variant, settings, path)
+        check_agreement(args, settings, path)
         trained_on = args.dataset or settings["dataset"]
     ds = data.load(trained_on, args.source)     # what fails here is not the checkpoint's fault
     with data.checkpoint_errors(path):
@@ -679,12 +668,11 @@ def resumed_run(args, variant, path):
     return run, ds
 
 
-def check_agreement(args, variant, settings, path):
+def check_agreement(args, settings, path):
     """Raise UserError where an option was given that is not the run's."""
-    asked = dict(recipe=args.recipe, batch_size=args.batch_size, seed=args.seed, ngf=args.ngf,
-                 ndf=args.ndf, variant=variant if args.variant else None)
-    for key, value in asked.items():
-        if value is not None and value != settings[key]:
+    for key in ("recipe", "batch_size", "seed", "ngf", "ndf", "variant"):
+        value = getattr(args, key)
+        if value not in (None, "all", settings[key]):
             option = "--" + key.replace("_", "-")
             raise UserError(f"{path} was begun with {option} {settings[key]}, not {value}: leave "
                             f"{option} out to go on with it, or name another --out")
@@ -719,30 +707,26 @@ def benchmark(args):
     ds = data.Dataset(
         "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
         np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
-    run = Run(choose_settings(args, args.variant or "gan-int-cls", ds, device), device)
-    batches = Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"])
-    step = Step(run, batches)
+    settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
+    run = Run(settings, device)
+    step = Step(run, Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"]))
     positions = step.positions.clone()
-    settings = run.settings
-    precision = settings["precision"]
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    print(f"{name}; torch {torch.__version__}; ngf {settings['ngf']}, ndf {settings['ndf']}, batch "
-          f"{len(positions)}, {settings['variant']}, recipe {settings['recipe']}")
+    print(f"{name}; torch {torch.__version__}; {settings}")
 
     def four_steps():                           # every fourth has the gradient penalty
         for _ in range(4):
             step(positions)
 
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=data.DTYPES[precision])
+    a = torch.randn(size, size, device=device, dtype=data.DTYPES[settings["precision"]])
     product = 2 * size ** 3 / seconds(lambda: a @ a) / 1e12
-    print(f"  a matrix product, {precision}: {product:.2f} TFLOP/s")
+    print(f"  a matrix product: {product:.2f} TFLOP/s")
     with FlopCounterMode(display=False) as counter:
         step.algorithm_1()
     tera = counter.get_total_flops() / 1e12
-
     for how in ("eager", "recorded"):
         core = seconds(step.algorithm_1)
         whole = seconds(four_steps) / 4
