@@ -5,7 +5,7 @@
     cub-box  the same, each image a square around the bird. Departs from the paper: the birds are
              about twice as large.
     flowers  Oxford-102: 8,189 photographs of flowers, 10 captions each.
-    FOLDER   your own images with captions, as a folder or a .zip file. See `build_folder`.
+    FOLDER   your own images with captions, a folder, .zip or .tar.gz. See `build_folder`.
 
 The rest of the code sees a `Dataset`: images, captions, a class for each image, and classes that
 are never trained on. `load` builds it once and keeps it in the folder cache/.
@@ -497,10 +497,11 @@ TEST_FOLDER = r"(val|valid|validation|dev|eval|test|testing)(\d*|[_-]images)"
 def build_folder(folder):
     """Your own images. Captions come as
         NAME.txt beside NAME.jpg, one caption a line; or text/NAME.txt and images/NAME.jpg,
-        metadata.jsonl or metadata.csv with file_name and text (Hugging Face's imagefolder).
+        metadata.jsonl or metadata.csv with file_name and text or caption, as Hugging Face's
+        imagefolder.
     Sub-folders are classes; without them each image is a class of its own. Where train/ and test/
-    (or val/) stand at the top and share no class, the latter is what is never trained on;
-    otherwise it is a quarter of the classes, as in CUB."""
+    (or val/, train_images/, test_images/) stand at the top and share no class, the latter is what
+    is never trained on; otherwise it is a quarter of the classes, as in CUB."""
     images = names_below(folder, IMAGE_NAMES)
     texts = read_texts(folder)
 
@@ -848,7 +849,7 @@ def clean_captions(lines):
 def load(name, source=None):
     """A data set, built now or read from its cache.
 
-    name: toy, cub, cub-box, flowers, or the path of a folder or a .zip file. source: a folder
+    name: toy, cub, cub-box, flowers, or the path of a folder, .zip or .tar.gz. source: a folder
     with the files of cub or flowers; later calls find them without it. Raises UserError.
 
     A cache is named after all that it was made from, code and files, so that a change there leads
@@ -1251,7 +1252,7 @@ def grad_scaler(device, precision):
 def add_options(add):
     """The options that all scripts with a data set have. add: a parser's add_argument."""
     add("--dataset", default="toy",
-        help=f"{', '.join(DATASETS)}, or a folder or .zip of images with captions (default: toy)")
+        help=f"{', '.join(DATASETS)}, or a folder, .zip or .tar.gz of images with captions (toy)")
     add("--from", dest="source", metavar="DIR",
         help="folder with the files of a data set, such as cub, that you fetched by hand")
 
