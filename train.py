@@ -533,7 +533,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.benchmark:
         return benchmark(args)
-    if args.export:
+    if args.export is not None:
         return export(args)
     variants = VARIANTS if args.variant == "all" else [args.variant or "gan-int-cls"]
     for variant in variants:
@@ -561,7 +561,11 @@ def train_variant(args, variant):
           f"ngf {settings['ngf']}, ndf {settings['ndf']}")
 
     # 2. G and D. In the grids of samples all texts have the same noises.
-    texts = [ds.captions[i][0] for i in data.example_images(ds)]
+    examples = data.example_images(ds)          # of unseen classes, as long as there are some
+    texts = [ds.captions[i][0] for i in examples]
+    unseen = int(ds.unseen_classes[ds.labels[examples]].sum())
+    if unseen < len(texts):
+        print(f"samples/: {unseen} rows are of unseen classes, those below of trained ones")
     h = encoder.embed(phi, texts, precision)
     z = torch.randn(8, Z_DIM, generator=torch.Generator().manual_seed(1)).to(run.device)
 
@@ -580,13 +584,14 @@ def train_variant(args, variant):
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
     if run.S is None:
         renew_statistics(run.G_ema, batches)
+        print("G and D are done and saved; now S, which --resume begins anew if it is stopped")
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             run.S = train_style_encoder(run, batches)
         run.save(path)
 
     # 4. What to do next.
     print(f"done: {path}\nnow try: python sample.py --weights {shlex.quote(str(path))} "
-          f"{shlex.quote(texts[0])}")
+          f"{shlex.quote(texts[-1])}")
 
 
 def run_folder(args, variant):
