@@ -746,7 +746,8 @@ def benchmark(args):
 
 def seconds(function):
     """The median time of a call; on CUDA it waits for the device."""
-    timer = Timer("function()", globals=dict(function=function))
+    timer = Timer("function()", globals=dict(function=function),
+                  num_threads=torch.get_num_threads())
     timer.timeit(5)
     return timer.blocked_autorange(min_run_time=1).median
 
