@@ -2209,6 +2209,11 @@ def test_same_seed_same_run(tiny):
     other = same(load_run("a")["G"], load_run("c")["G"])
     assert equal and not other
 
+    # The order of the images aside: the first weights follow the seed too.
+    device = torch.device("cpu")
+    first = [train.Run(load_run(out)["settings"], device).G.state_dict() for out in "ac"]
+    assert not same(*first)
+
 
 # ---- The parts of a step ---------------------------------------------------------------------
 
@@ -2249,6 +2254,7 @@ def test_s_learns_what_a_frozen_g_generates(monkeypatch):
     monkeypatch.setattr(train, "StyleEncoder", Watched)
     monkeypatch.setattr(train, "augment", lambda x: torch.full_like(x, 0.25))
     before = copy_of(run.G_ema)
+    run.G = None                                                    # its average is meant
     first = copy_of(train.train_style_encoder(run, batches, 1, log=silent))
     second = copy_of(train.train_style_encoder(run, batches, 2, log=silent))
     assert len(inputs) == 3 and all((x == 0.25).all() for x in inputs)
