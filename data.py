@@ -1249,12 +1249,18 @@ def grad_scaler(device, precision):
     return torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
 
 
+def not_by_position(text):
+    """For argparse: what stands alone is most often a folder of images."""
+    raise argparse.ArgumentTypeError(f"did you mean --dataset {text}?")
+
+
 def add_options(add):
     """The options that all scripts with a data set have. add: a parser's add_argument."""
     add("--dataset", default="toy",
         help=f"{', '.join(DATASETS)}, or a folder, .zip or .tar.gz of images with captions (toy)")
     add("--from", dest="source", metavar="DIR",
         help="folder with the files of a data set, such as cub, that you fetched by hand")
+    add("alone", nargs="*", type=not_by_position, help=argparse.SUPPRESS)
 
 
 def main(argv=None):

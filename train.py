@@ -779,12 +779,9 @@ def parse_args(argv=None):
     add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
     add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
     add("--lr", help=argparse.SUPPRESS)
-    add("words", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.lr:
         parser.error("there is no --lr: the rates stand in RECIPES in train.py, lr_G and lr_D")
-    if args.words:
-        parser.error(f"unknown argument {args.words[0]}: did you mean --dataset {args.words[0]}?")
     if args.variant == "all" and (args.out or args.benchmark or args.export):
         parser.error("--variant all trains each model in its own folder: leave --out, --benchmark "
                      "and --export out")
