@@ -573,7 +573,7 @@ def grade_gan_cls_step(solution):
     x, h, h_wrong = small_batch(4)
     blends = (h[:2] + h[2:]) / 2
     for variant, extras in itertools.product(train.VARIANTS, STEP_OPTIONS):
-        where = ", ".join(["Algorithm 1", variant, *extras])
+        where = ", ".join(["Algorithm 1", f"model {variant}", *extras])
         options = dict(train.VARIANTS[variant], **extras)
         G, D = small_nets()
         slow_G, slow_D = small_nets()
