@@ -24,17 +24,15 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import os
-import posixpath
 import random
 import re
-import shutil
 import socket
 import sys
 import tarfile
 import tempfile
 import textwrap
-import time
 import unicodedata
 import zipfile
 from collections import Counter, namedtuple
@@ -45,8 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 IMAGE_SIZE = 76         # images are kept at 76x76, as in the authors' code ...
 CROP = 64               # ... and the networks see a random 64x64 window ([A] section 5)
@@ -95,11 +92,10 @@ def crops(images, index, dy, dx, flip):
     """Windows of many images at once. images (N, 76, 76, 3) uint8; index, dy, dx (B,) int and
     flip (B,) bool on the same device -> (B, 3, 64, 64) float32 in [-1, 1], channels last in
     memory."""
-    steps = torch.arange(CROP, device=images.device)
-    rows = dy[:, None] + steps                                              # (B, 64)
-    columns = dx[:, None] + torch.where(flip[:, None], CROP - 1 - steps, steps)
-    x = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]     # (B, 64, 64, 3)
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+    windows = images.unfold(1, CROP, 1).unfold(2, CROP, 1)      # (N, 13, 13, 3, 64, 64), a view
+    x = windows[index, dy, dx]                                  # (B, 3, 64, 64)
+    x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    return x.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
 def random_crops(images, index):
@@ -112,7 +108,7 @@ def random_crops(images, index):
 
 def centre_crops(images, index):
     middle = torch.full_like(index, (IMAGE_SIZE - CROP) // 2)
-    return crops(images, index, middle, middle, torch.zeros_like(index, dtype=torch.bool))
+    return crops(images, index, middle, middle, torch.zeros_like(index).bool())
 
 
 def to_pixels(x):
@@ -124,7 +120,7 @@ def to_pixels(x):
 # ---- Batches: x, h, h_wrong ------------------------------------------------------------------
 def caption_starts(ds):
     """Where each image's captions begin when all captions are laid end to end: (N + 1,) long."""
-    return torch.tensor([0] + [len(captions) for captions in ds.captions]).cumsum(0)
+    return torch.tensor([0, *map(len, ds.captions)]).cumsum(0)
 
 
 def random_captions(starts, images, count=1):
@@ -146,7 +142,7 @@ def draw_other_class(own, classes):
 
 def random_below(limit, like):
     """Whole numbers from 0 to limit - 1, as many as `like` has. limit: a number, or one each."""
-    return (torch.rand(len(like), device=like.device, dtype=torch.float64) * limit).long()
+    return (torch.rand_like(like, dtype=torch.float64) * limit).long()
 
 
 class Batches:
@@ -158,10 +154,10 @@ class Batches:
     training class: a wrong text comes from another class."""
 
     def __init__(self, ds, caption_table, device, captions=(1, 1)):
-        index = ds.training_images()
-        index = index[np.argsort(ds.labels[index], kind="stable")]      # class by class
-        _, class_of, class_size = np.unique(
-            ds.labels[index], return_inverse=True, return_counts=True)
+        index = torch.as_tensor(ds.training_images(), device=device)
+        labels = torch.as_tensor(ds.labels, device=device)
+        labels, order = labels[index].sort(stable=True)
+        _, class_of, class_size = labels.unique(return_inverse=True, return_counts=True)
         if len(class_size) < 2:
             raise UserError(f"{ds.name} has images of {len(class_size)} training class: at least "
                             "two are needed, because a wrong text comes from another class")
@@ -169,10 +165,10 @@ class Batches:
         self.captions = captions
         self.caption_table = caption_table.to(device)
         self.caption_starts = caption_starts(ds).to(device)
-        self.training_images = torch.from_numpy(index).to(device)       # (n,) class by class
-        self.class_of = torch.from_numpy(class_of).to(device)           # (n,) 0 .. classes - 1
-        self.class_size = torch.from_numpy(class_size).to(device)       # (classes,)
-        self.class_start = self.class_size.cumsum(0) - self.class_size  # where each class begins
+        self.training_images = index[order]                         # (n,) class by class
+        self.class_of = class_of                                    # (n,) 0 .. classes - 1
+        self.class_size = class_size                                # (classes,)
+        self.class_start = class_size.cumsum(0) - class_size        # where each class begins
 
     def __len__(self):
         return len(self.training_images)
@@ -219,13 +215,12 @@ def example_images(ds, n=6):
 Example = namedtuple("Example", "pixels captions label row box keypoints",
                      defaults=(np.nan, np.nan))
 
+COLOURED = ["body", "wing", "crown", "belly"]       # the parts that have one of these colours
 COLOURS = {     # what a caption can say of a part of the bird
-    "black": (35, 35, 40), "white": (245, 245, 240), "brown": (130, 85, 45), "red": (215, 40, 40),
-    "orange": (245, 140, 30), "yellow": (250, 215, 50), "green": (60, 160, 70),
-    "blue": (45, 95, 215)}
+    "black": "#232328", "white": "#f5f5f0", "brown": "#82552d", "red": "#d72828",
+    "orange": "#f58c1e", "yellow": "#fad732", "green": "#3ca046", "blue": "#2d5fd7"}
 BACKGROUNDS = [     # style: no caption says anything about it
-    (150, 200, 238), (176, 222, 172), (232, 212, 168), (240, 196, 196), (204, 192, 232),
-    (112, 128, 146), (78, 112, 88), (248, 236, 226)]
+    "#96c8ee", "#b0deac", "#e8d4a8", "#f0c4c4", "#ccc0e8", "#708092", "#4e7058", "#f8ece2"]
 BILLS = {"short": 0.11, "long": 0.20}
 BILL_COLOURS = ["black", "orange", "yellow"]
 
@@ -247,52 +242,41 @@ PARTS = [       # four parts, each with its forms
 
 def toy_species(rng, count):
     """`count` species, a dict of colours and bill each. Any two differ in at least two of the
-    four colours of body, wing, crown and belly."""
-    names = list(COLOURS)
-    species = [(colour,) * 4 for colour in names]       # one of each single colour
+    four colours of COLOURED."""
+    species = [[colour] * 4 for colour in COLOURS]      # one of each single colour
     while len(species) < count:
-        body = rng.choice(names)
-        new = [body]
-        for _ in ("wing", "crown", "belly"):
-            new.append(toy_part_colour(rng, body))
-        if all(differences(new, old) >= 2 for old in species):
-            species.append(tuple(new))
-
-    birds = []
-    for body, wing, crown, belly in species:
-        birds.append(dict(body=body, wing=wing, crown=crown, belly=belly,
-                          bill=rng.choice(list(BILLS)), billcolour=rng.choice(BILL_COLOURS)))
-    return birds        # those of one colour come first: they are trained on
+        new = toy_colours(rng, rng.choice(list(COLOURS)))
+        if all(sum(map(operator.ne, new, old)) >= 2 for old in species):
+            species.append(new)
+    # Those of one colour come first: they are trained on.
+    return [dict(zip(COLOURED, colours), **toy_bill(rng)) for colours in species]
 
 
-def toy_part_colour(rng, body):
-    """The body's colour with probability 1/2, else any of the 8: in all with 1/2 + 1/16."""
-    return body if rng.random() < 0.5 else rng.choice(list(COLOURS))
+def toy_colours(rng, body):
+    """The colours of COLOURED: a part has its body's with probability 1/2, else any of the 8,
+    which makes 1/2 + 1/16 for the body's in all."""
+    colours = [body]
+    for _ in COLOURED[1:]:
+        colours.append(body if rng.random() < 0.5 else rng.choice(list(COLOURS)))
+    return colours
 
 
-def differences(a, b):
-    return sum(x != y for x, y in zip(a, b))
+def toy_bill(rng):
+    return dict(bill=rng.choice(list(BILLS)), billcolour=rng.choice(BILL_COLOURS))
 
 
 def toy_captions(rng, bird):
     """10 captions of a bird. Each names two to four of its parts. If the bird has one colour
     only, a caption says so, and may name fewer parts or none."""
-    one_colour = bird["body"] == bird["wing"] == bird["crown"] == bird["belly"]
+    one_colour = len({bird[part] for part in COLOURED}) == 1
     captions = []
     for _ in range(10):
         count = rng.randint(0 if one_colour else 2, 4)
         parts = [rng.choice(forms) for forms in rng.sample(PARTS, count)]
-        if one_colour:
-            caption = rng.choice(ONE_COLOUR_BEGINNINGS)
-            if parts:
-                caption += " with "
-        else:
-            caption = rng.choice(BEGINNINGS)
-        caption += ", ".join(parts[:-1])
-        if len(parts) > 1:
-            caption += " and "
-        if parts:
-            caption += parts[-1]
+        caption = rng.choice(ONE_COLOUR_BEGINNINGS if one_colour else BEGINNINGS)
+        if one_colour and parts:
+            caption += " with "
+        caption += " and ".join(", ".join(parts).rsplit(", ", 1))       # a, b and c
         captions.append(caption.format(**bird).replace("a orange", "an orange"))
     return captions
 
@@ -300,32 +284,34 @@ def toy_captions(rng, bird):
 def toy_draw(rng, bird):
     """One image of a bird: (76, 76, 3) uint8, its box (4,) and its six keypoints (6, 2)."""
     S = 3                                       # drawn three times as large, then averaged
-    pixel = S * IMAGE_SIZE / 76                 # numbers below are for an image of 76x76
+    side = S * IMAGE_SIZE
+    pixel = side / 76                           # numbers below are for an image of 76x76
     facing = rng.choice([-1, 1])
     unit = pixel * rng.uniform(50, 58)          # one unit of length
     centre_x = pixel * rng.uniform(34, 39)
     centre_y = pixel * rng.uniform(38, 43)
-    background = [min(255, c + rng.randint(-10, 10)) for c in rng.choice(BACKGROUNDS)]
+    background = ImageColor.getrgb(rng.choice(BACKGROUNDS))
+    background = [min(255, c + rng.randint(-10, 10)) for c in background]
     tint = rng.randint(-8, 8)
     tilt = 3 * rng.uniform(-0.05, 0.05)
 
-    # A sky that darkens downwards: a column of pixels, stretched.
-    shade = np.linspace(1.06, 0.86, IMAGE_SIZE * S)[:, None, None]
+    # A sky that darkens downwards: a column of pixels, repeated.
+    shade = np.linspace(1.06, 0.86, side)[:, None, None]
     sky = np.clip(np.array(background) * shade, 0, 255).astype(np.uint8)
-    image = Image.fromarray(sky).resize((IMAGE_SIZE * S, IMAGE_SIZE * S), Image.NEAREST)
+    image = Image.fromarray(sky.repeat(side, 1))
     pen = ImageDraw.Draw(image)
     outline = []                                # every point of the bird, for its box
 
-    def at(x, y):       # from the bird's own coordinates to pixels
-        return centre_x + facing * unit * x, centre_y + unit * y
+    def at(points):     # from the bird's own coordinates to pixels
+        return [(centre_x + facing * unit * x, centre_y + unit * y) for x, y in points]
 
     def colour(name, factor=1.0):
-        return tuple(int(max(0, min(255, c * factor + tint))) for c in COLOURS[name])
+        rgb = ImageColor.getrgb(COLOURS[name])
+        return tuple(int(max(0, min(255, c * factor + tint))) for c in rgb)
 
     def shape(points, fill):
-        points = [at(x, y) for x, y in points]
-        pen.polygon(points, fill=fill)
-        outline.extend(points)
+        pen.polygon(at(points), fill)
+        outline.extend(at(points))
 
     def oval(x, y, rx, ry, fill, angle=0.0, first=0.0, last=1.0):
         a = np.linspace(first, last, 32) * 2 * np.pi
@@ -335,43 +321,43 @@ def toy_draw(rng, bird):
         shape(list(zip(x + cos * u - sin * v, y + sin * u + cos * v)), fill)
 
     branch = [(-3, 0.40 - tilt), (3, 0.40 + tilt), (3, 0.47 + tilt), (-3, 0.47 - tilt)]
-    pen.polygon([at(x, y) for x, y in branch], fill=(112, 80, 56))
-    for x in (-0.02, 0.10):                                                         # legs
-        pen.line([at(x, 0.15), at(x + 0.02, 0.42)], fill=(90, 70, 50), width=round(pixel) + 1)
+    pen.polygon(at(branch), "#705038")
+    for x in (-0.02, 0.10):                                             # legs
+        pen.line(at([(x, 0.15), (x + 0.02, 0.42)]), "#5a4632", round(pixel) + 1)
+    body, wing, crown, belly = [colour(bird[part]) for part in COLOURED]
     tail = [(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)]
     shape(tail, colour(bird["body"], 0.82))
-    oval(0.0, 0.0, 0.35, 0.235, colour(bird["body"]), 0.10)
-    oval(0.20, -0.14, 0.16, 0.17, colour(bird["body"]))                             # neck
-    oval(0.06, 0.11, 0.23, 0.125, colour(bird["belly"]))
-    length = BILLS[bird["bill"]]
-    bill = [(0.42, -0.34), (0.42, -0.23), (0.43 + length, -0.26)]
-    shape(bill, COLOURS[bird["billcolour"]])
-    oval(0.28, -0.28, 0.19, 0.18, colour(bird["body"]))                             # head
-    oval(0.28, -0.28, 0.19, 0.18, colour(bird["crown"]), 0.0, 0.44, 1.06)           # upper 2/3
-    oval(0.37, -0.27, 0.042, 0.042, (250, 250, 250))                                # eye
-    oval(0.38, -0.27, 0.024, 0.024, (10, 10, 10))
-    oval(-0.14, -0.07, 0.24, 0.115, colour(bird["wing"], 0.75), 0.25)               # rim of wing
-    oval(-0.14, -0.07, 0.22, 0.095, colour(bird["wing"]), 0.25)
+    oval(0.0, 0.0, 0.35, 0.235, body, 0.10)
+    oval(0.20, -0.14, 0.16, 0.17, body)                                 # neck
+    oval(0.06, 0.11, 0.23, 0.125, belly)
+    tip = 0.43 + BILLS[bird["bill"]]
+    shape([(0.42, -0.34), (0.42, -0.23), (tip, -0.26)], COLOURS[bird["billcolour"]])
+    oval(0.28, -0.28, 0.19, 0.18, body)                                 # head
+    oval(0.28, -0.28, 0.19, 0.18, crown, 0.0, 0.44, 1.06)               # upper 2/3
+    oval(0.37, -0.27, 0.042, 0.042, "#fafafa")                          # eye
+    oval(0.38, -0.27, 0.024, 0.024, "#0a0a0a")
+    oval(-0.14, -0.07, 0.24, 0.115, colour(bird["wing"], 0.75), 0.25)   # rim of wing
+    oval(-0.14, -0.07, 0.22, 0.095, wing, 0.25)
 
     # To 76 pixels by averaging, which makes the edges smooth.
     pixels = np.asarray(image.reduce(S))
-    low = (np.array(outline) / S).min(0).clip(0, IMAGE_SIZE)
-    high = (np.array(outline) / S).max(0).clip(0, IMAGE_SIZE)
-    spots = [(0.43 + length, -0.26), (0.06, 0.15), (0.28, -0.02),       # in KEYPOINTS' order
+    outline = np.clip(np.array(outline) / S, 0, IMAGE_SIZE)
+    low = outline.min(0)
+    size = outline.max(0) - low
+    spots = [(tip, -0.26), (0.06, 0.15), (0.28, -0.02),                 # in KEYPOINTS' order
              (0.29, -0.44), (0.42, -0.36), (-0.52, 0.15)]
-    keypoints = np.array([at(x, y) for x, y in spots]) / S
-    return pixels, np.concatenate([low, high - low]), keypoints
+    return pixels, np.concatenate([low, size]), np.array(at(spots)) / S
 
 
-def toy_examples(number, bird, label):
+def toy_examples(number, bird):
     """The 40 images of one species. It has random numbers of its own, so that several processes
     can share the work."""
     rng = random.Random(number)
+    label = f"{number:03d}." + "-".join(bird[part] for part in COLOURED)
     examples = []
-    for i in range(40):
+    for row in range(40 * number, 40 * number + 40):
         pixels, box, keypoints = toy_draw(rng, bird)
-        captions = toy_captions(rng, bird)
-        examples.append(Example(pixels, captions, label, 40 * number + i, box, keypoints))
+        examples.append(Example(pixels, toy_captions(rng, bird), label, row, box, keypoints))
     return examples
 
 
@@ -379,28 +365,22 @@ def toy_bird_for(rng, caption):
     """A bird of which a caption of `toy_captions` is true: what is not named is drawn at random,
     as `toy_species` draws it."""
     caption = caption.replace("an orange", "a orange")
-    values = dict(bill=BILLS, billcolour=BILL_COLOURS)      # of the other parts: COLOURS
+    words = dict.fromkeys(COLOURED, COLOURS) | dict(bill=BILLS, billcolour=BILL_COLOURS)
+    patterns = {part: f"(?P<{part}>{'|'.join(words[part])})" for part in words}
     named = {}
     for form in BEGINNINGS + ONE_COLOUR_BEGINNINGS + sum(PARTS, []):
-        found = re.search(re.sub(r"{(\w+)}", r"(?P<\1>\\w+)", form), caption)
-        if not found:
-            continue
-        for part, word in found.groupdict().items():
-            if word in values.get(part, COLOURS):
-                named[part] = word
-        if form in ONE_COLOUR_BEGINNINGS:
-            named.update(dict.fromkeys(("wing", "crown", "belly"), named["body"]))
+        found = re.search(form.format(**patterns), caption)
+        if found:
+            named.update(found.groupdict())
+            if form in ONE_COLOUR_BEGINNINGS:
+                named.update(dict.fromkeys(COLOURED, named["body"]))
 
     # Bayes' rule: a part has its body's colour with probability 9/16, each other one with 1/16.
-    colours = [named[part] for part in ("wing", "crown", "belly") if part in named]
+    colours = [named[part] for part in COLOURED[1:] if part in named]
     weights = [9 ** colours.count(colour) for colour in COLOURS]
-    bird = dict(body=rng.choices(list(COLOURS), weights)[0])
-    bird.update(named)
-    for part in ("wing", "crown", "belly"):
-        bird.setdefault(part, toy_part_colour(rng, bird["body"]))
-    bird.setdefault("bill", rng.choice(list(BILLS)))
-    bird.setdefault("billcolour", rng.choice(BILL_COLOURS))
-    return bird
+    body = rng.choices(list(COLOURS), weights)[0]
+    colours = toy_colours(rng, named.get("body", body))
+    return dict(zip(COLOURED, colours), **toy_bill(rng)) | named
 
 
 def toy_images_for(captions, seed=0):
@@ -412,12 +392,9 @@ def toy_images_for(captions, seed=0):
 def build_toy():
     """The examples, the names of the unseen classes, and what was left out: nothing."""
     birds = toy_species(random.Random(0), 200)
-    labels = []
-    for number, bird in enumerate(birds):
-        labels.append("{:03d}.{body}-{wing}-{crown}-{belly}".format(number, **bird))
     with ProcessPoolExecutor() as pool:
-        examples = sum(pool.map(toy_examples, range(200), birds, labels, chunksize=25), [])
-    return examples, labels[150:], []
+        examples = sum(pool.map(toy_examples, range(200), birds, chunksize=25), [])
+    return examples, {example.label for example in examples[150 * 40:]}, []
 
 
 # ---- CUB-200-2011 and Oxford-102 -------------------------------------------------------------
@@ -433,65 +410,55 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
     the image's folder, as in 013.Bobolink/NAME.jpg; where all images lie in one, as Oxford-102's
     do, it is the caption's: class_00077/NAME.txt."""
     images = names_below(images_folder, r"\.jpg$")      # outlines, which may lie there, are .png
-    names, boxes, keypoints = cub_tables(images_folder, images)
-    if around_box and np.isnan(boxes).all():
+    texts = read_texts(captions_folder)
+    marks = cub_tables(images_folder)
+    if around_box and not marks:
         raise UserError("there are no bounding boxes: cub-box needs images.txt, bounding_boxes.txt "
                         "and part_locs.txt of CUB_200_2011. Without them, use --dataset cub")
-    image_of = {plain_stem(image): image for image in images}
-    texts = read_texts(captions_folder)
-    captions, skipped = pair(images, texts, plain_stem)
-    in_classes = images if len(set(map(last_folder, images))) > 1 else texts
-    label_of = {plain_stem(path): last_folder(path) for path in in_classes}
+    box_of = {name: marks[name][0] for name in marks if around_box}
+    found, skipped = read_pairs(images_folder, images, texts, plain_stem, box_of)
+    in_classes = images if len({Path(image).parent.name for image in images}) > 1 else texts
+    folder_of = {plain_stem(path): Path(path).parent.name for path in in_classes}
 
-    around = dict(zip(map(image_of.get, names), boxes)) if around_box else {}
-    pictures = read_images(images_folder, captions, skipped, around)
     examples = []
-    for row, name in enumerate(names):      # the source's own order
-        if image_of.get(name) in pictures:
-            pixels, window = pictures[image_of[name]]
-            x, y, width, height = boxes[row]
-            corners = [(x, y), (x + width, y + height)]
-            low, high, *points = to_small(window, [*corners, *keypoints[row]])
-            box = np.concatenate([low, high - low])
-            texts_of = captions[image_of[name]]
-            examples.append(Example(pixels, texts_of, label_of[name], row, box, points))
+    for row, name in enumerate(marks or map(plain_stem, images)):       # the source's own order
+        if name in found:
+            pixels, window, captions = found[name]
+            known = ()
+            if marks:       # from the original image to the window, which was scaled to 76x76
+                (x, y, width, height), points = marks[name]
+                points = np.array([(x, y), (x + width, y + height), *points])
+                scale = IMAGE_SIZE / np.subtract(window[2:], window[:2])
+                low, high, *points = (points - window[:2]) * scale
+                known = ([*low, *(high - low)], points)
+            examples.append(Example(pixels, captions, folder_of[name], row, *known))
     is_unseen = re.compile(rf"\D*0*({unseen})(?!\d)")       # 013.Bobolink and class_00013 are 13
-    return examples, set(filter(is_unseen.match, label_of.values())), skipped
+    return examples, set(filter(is_unseen.match, folder_of.values())), skipped
 
 
-def cub_tables(folder, images):
-    """What CUB's tables say, in pixels of the original images: the names in images.txt, which are
-    those of the `images` without it, boxes (n, 4) x, y, width, height, and KEYPOINTS (n, 6, 2).
-    NaN is what is not known: all, unless all three tables are there."""
-    tables = {}
-    for path in names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$"):
-        lines = decode_text(read_bounded(folder / path)).splitlines()
-        tables[plain_stem(path)] = [line.split() for line in lines]
-    try:
-        names = [plain_stem(path) for _, path in tables.get("images", [])]
-        boxes = np.full((len(images), 4), np.nan)
-        keypoints = np.full((len(images), 6, 2), np.nan)
-        if len(tables) == 3:
-            numbers = np.array([number for number, _ in tables["images"]], int) - 1
-            boxes = np.array(tables["bounding_boxes"], float)[numbers, 1:]
-            parts = np.array(tables["part_locs"], float).reshape(-1, 15, 5)[numbers][:, CUB_PARTS]
-            keypoints = np.where(parts[:, :, 4:] == 1, parts[:, :, 2:4], np.nan)
-    except (LookupError, ValueError) as error:
-        raise UserError(f"a table of CUB is not as it should be: {error}") from None
-    return names or list(map(plain_stem, images)), boxes, keypoints
-
-
-def to_small(window, points):
-    """Points (n, 2) of an original image, in pixels of the 76x76 image of a part of it."""
-    left, top, right, bottom = window
-    scale = IMAGE_SIZE / np.array([right - left, bottom - top])
-    return (np.array(points) - [left, top]) * scale
+def cub_tables(folder):
+    """What CUB's tables say, in the order of images.txt: {name: (box, keypoints)}, x, y, width,
+    height and (6, 2), in pixels of the original image, NaN for a keypoint that is not visible.
+    Nothing, unless all three tables are there."""
+    paths = names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$")
+    if len(paths) < 3:
+        return {}
+    with user_error("a table of CUB is not as it should be"):
+        lines_of = {}
+        for path in paths:
+            lines = (folder / path).read_text().splitlines()
+            lines_of[plain_stem(path)] = np.array([line.split() for line in lines])
+        numbers, names = lines_of["images"].T
+        order = numbers.astype(int) - 1
+        boxes = lines_of["bounding_boxes"].astype(float)[order, 1:]
+        parts = lines_of["part_locs"].astype(float).reshape(-1, 15, 5)[order][:, CUB_PARTS]
+        keypoints = np.where(parts[:, :, 4:] == 1, parts[:, :, 2:4], np.nan)
+        return dict(zip(map(plain_stem, names), zip(boxes, keypoints)))
 
 
 # ---- A folder of your own --------------------------------------------------------------------
 IMAGES_OR_TEXTS = set("images image imgs img jpg text texts txt captions caption text_c10".split())
-TRAINING_FOLDER = r"train(ing)?(\d*|[_-]images)"
-TEST_FOLDER = r"(val|valid|validation|dev|eval|test|testing)(\d*|[_-]images)"
+SPLIT_FOLDER = r"(train(ing)?|(?P<test>val|valid|validation|dev|eval|test|testing))(\d*|[_-]images)"
 
 
 def build_folder(folder):
@@ -502,52 +469,48 @@ def build_folder(folder):
     Sub-folders are classes; without them each image is a class of its own. Where train/ and test/
     (or val/, train_images/, test_images/) stand at the top and share no class, the latter is what
     is never trained on; otherwise it is a quarter of the classes, as in CUB."""
-    images = names_below(folder, IMAGE_NAMES)
-    texts = read_texts(folder)
-
-    def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in "kind"
-        parts = Path(path).parent.parts
-        return "/".join(part for part in parts if part.lower() not in IMAGES_OR_TEXTS)
-
-    for table in names_below(folder, r"(^|/)metadata\.(csv|jsonl)$"):
-        for file, caption in table_rows(folder, table):
-            path = posixpath.join(posixpath.dirname(table), file.replace("\\", "/"))
-            texts.setdefault(posixpath.normpath(path), []).extend(clean_captions([caption]))
+    def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in ["kind"]
+        folders = Path(path).parent.parts
+        return [name for name in folders if name.lower() not in IMAGES_OR_TEXTS]
 
     def key(path):
-        return plain(place(path)), plain_stem(path)
+        return plain("/".join(place(path))), plain_stem(path)
 
-    captions, skipped = pair(images, texts, key)
-    pictures = read_images(folder, captions, skipped)
-    classes, unseen = own_classes({image: place(image) for image in pictures}, skipped)
+    images = names_below(folder, IMAGE_NAMES)
+    texts = read_texts(folder)
+    for table in names_below(folder, r"(^|/)metadata\.(csv|jsonl)$"):
+        read_table(folder, table, texts)
+    found, skipped = read_pairs(folder, images, texts, key)
+    places = {image: place(image) for image in images if key(image) in found}
+    classes, unseen = own_classes(places, skipped)
     examples = []
     for row, image in enumerate(images):
-        if image in pictures:
-            pixels, _ = pictures[image]
-            texts_of = list(dict.fromkeys(captions[image]))[:MAX_CAPTIONS]
-            examples.append(Example(pixels, texts_of, classes[image], row))
+        if image in classes:
+            pixels, _, captions = found[key(image)]
+            captions = list(dict.fromkeys(captions))[:MAX_CAPTIONS]     # each once
+            examples.append(Example(pixels, captions, classes[image], row))
     return examples, unseen, skipped
 
 
 def own_classes(places, skipped):
-    """Folders {image: folder} -> classes {image: class} and the names of the unseen classes. Adds
-    a line to `skipped` for a split that is not taken."""
-    around = posixpath.commonpath(places.values()) if places else ""
+    """{image: the folders that it lies in} -> {image: class} and the names of the unseen classes.
+    Adds a line to `skipped` for a split that is not taken."""
+    around = len(os.path.commonprefix(list(places.values())))
     classes = {}
     trained = {}        # the classes of the images in train/ ...
     tested = {}         # ... and in test/, without that part
-    for image, folder in places.items():
-        folder = folder[len(around):].strip("/")
-        top, _, inner = folder.partition("/")
-        classes[image] = folder or image
-        for pattern, inside in ((TRAINING_FOLDER, trained), (TEST_FOLDER, tested)):
-            if re.fullmatch(pattern, top, re.IGNORECASE):
-                inside[image] = inner or image
+    for image, folders in places.items():
+        folders = folders[around:]
+        classes[image] = "/".join(folders) or image
+        split = folders and re.fullmatch(SPLIT_FOLDER, folders[0], re.IGNORECASE)
+        if split:
+            side = tested if split["test"] else trained
+            side[image] = "/".join(folders[1:]) or image
 
     if trained and tested:
         if len(trained) + len(tested) == len(places):
             classes = trained | tested
-            if not set(map(plain, trained.values())) & set(map(plain, tested.values())):
+            if set(map(plain, trained.values())).isdisjoint(map(plain, tested.values())):
                 return classes, set(tested.values())
         skipped.append("the folders for training and test are not taken as the split: they share a "
                        "class, or have images beside them")
@@ -556,43 +519,42 @@ def own_classes(places, skipped):
     return classes, names[:len(names) // 4]
 
 
-def table_rows(folder, table):
-    """A list of (file name, caption) of a metadata.csv or metadata.jsonl. Raises UserError."""
-    text = decode_text(read_bounded(folder / table))
-    rows = []
-    try:
+def read_table(folder, table, texts):
+    """Add the captions of a metadata.csv or metadata.jsonl to texts {image: captions}."""
+    with user_error(f"{table} cannot be read"):
+        text = (folder / table).read_text("utf-8-sig")
         if table.lower().endswith(".csv"):
             entries = csv_entries(text)
         else:
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+            entries = map(json.loads, filter(str.strip, text.split("\n")))
         for entry in entries:
-            columns = [column for column in ("text", "caption") if column in entry]
-            if "file_name" not in entry or not columns:
+            column = "text" if "text" in entry else "caption"
+            if not {"file_name", column} <= set(entry):
                 raise ValueError("expected columns file_name and text (or caption), found "
                                  f"{', '.join(map(str, entry))}")
-            captions = entry[columns[0]]
-            for caption in captions if isinstance(captions, list) else [captions]:
-                rows.append((str(entry["file_name"]), str(caption or "")))
-    except Exception as error:      # what stands in a file can be anything
-        raise UserError(f"{table} cannot be read ({type(error).__name__}): {error}") from None
-    return rows
+            captions = entry[column]
+            captions = captions if isinstance(captions, list) else [captions]
+            file = str(entry["file_name"]).replace("\\", "/")
+            image = os.path.normpath(Path(table).parent / file)
+            texts.setdefault(image, []).extend(clean_captions(map(str, filter(None, captions))))
 
 
 def csv_entries(text):
     """The rows of a .csv as dicts. The separator is a comma, or what Excel writes for it. A caption
     with commas outside quotes is put together again where it is the last column."""
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    header, *rows = filter(None, reader)                    # without empty lines
-    header = [column.strip().lower() for column in header]
-    last = len(header) - 1
-    for row in rows:
-        if header[last] in ("text", "caption"):
-            row[last:] = [separator.join(row[last:])]
-        if len(row) > len(header):
-            raise ValueError(f"the row of {row[0]!r} has more columns than the first row: put a "
-                             "text with commas in quotes")
-    return [dict(zip(header, row)) for row in rows]
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=separator)
+    columns = [column.strip().lower() for column in reader.fieldnames]
+    reader.fieldnames = columns
+    first = columns[0]
+    last = columns[-1]
+    for row in reader:
+        too_much = row.pop(None, [])
+        if too_much and last not in ("text", "caption"):
+            raise ValueError(f"the row of {row[first]!r} has more columns than the first row: put "
+                             "a text with commas in quotes")
+        row[last] = separator.join([row[last], *too_much])
+        yield row
 
 
 # ---- The table of data sets ------------------------------------------------------------------
@@ -628,41 +590,40 @@ DATASETS = {
 
 def find_files(name, source):
     """The paths whose folders a builder gets: none for toy, images and captions for cub and
-    flowers. Without `source` they are fetched to cache/downloads."""
+    flowers. Without `source` they are fetched to cache/downloads. Raises UserError."""
     if name not in DATASETS:
-        return [Path(name).resolve()]
-    folder = Path(source or CACHE / "downloads")
+        if Path(name).exists():
+            return [Path(name)]
+        last = Path(name).name
+        close = difflib.get_close_matches(last, DATASETS, 1)
+        hint = f"did you mean {close[0]}? Else " if close else ""
+        raise UserError(f"unknown data set {last!r}: {hint}expected {', '.join(DATASETS)}, or a "
+                        "folder or .zip file of images with captions")
+    folder = Path(source or CACHE / "downloads").resolve()
     paths = []
     for names, url, sha256 in DATASETS[name].sources:
         there = [folder / file for file in names.split() if (folder / file).exists()]
         if source and not there:
             raise UserError(f"{folder} has none of {', '.join(names.split())}, which {name} needs")
-        path = there[0] if there else fetch(url, sha256, folder)
-        paths.append(path.resolve())
+        paths.append(there[0] if there else fetch(url, sha256, folder))
     return paths
 
 
 def fetch(url, sha256, folder):
     """Download a file into a folder, whole or not at all. Returns its path. Raises UserError."""
-    path = folder / url.rpartition("/")[2]
+    path = folder / Path(url).name
     folder.mkdir(parents=True, exist_ok=True)
     print(f"fetching {url}")
     socket.setdefaulttimeout(60)
-    try:
+    with user_error(f"{url} cannot be fetched. Fetch it by hand into {folder} (curl -LOC - URL "
+                    f"goes on where a line broke) and run this with --from {folder}; other "
+                    "addresses: README, \"Data\""):
         torch.hub.download_url_to_file(url, str(path), sha256)
-    except Exception as error:      # no network, another checksum ...
-        raise UserError(f"{url} cannot be fetched ({error}). Fetch it by hand into {folder} "
-                        "(curl -LOC - URL goes on where a line broke) and run this with "
-                        f"--from {folder}; other addresses: README, \"Data\"") from None
-    finally:
-        socket.setdefaulttimeout(None)
     return path
 
 
 # ---- Reading what comes from outside: folders, archives, images, captions --------------------
-MAX_FILE = 256 << 20            # bytes of an image or a text
 MAX_TOTAL = 8 << 30             # bytes of one archive, unpacked
-MAX_PIXELS = 64_000_000         # width x height of one image
 MAX_CAPTIONS = 100              # of one image; more are left out
 NO_CAPTION = "no caption"
 # Not all of these can be read. They count as images, so that they are listed as skipped.
@@ -674,42 +635,41 @@ def names_below(folder, pattern=""):
     """Names of the files below a folder that have the pattern, in order, such as kind/1.jpg. Hidden
     files are no data. Links are followed."""
     ours = ("cache/", "runs/") if folder == Path.cwd() else ()      # they change meanwhile
-    names = [Path(name).as_posix() for name in glob.glob("**", root_dir=folder, recursive=True)]
-    names = [name for name in names if re.search(pattern, name, re.I) and not name.startswith(ours)]
-    return sorted((name for name in names if not Path(folder, name).is_dir()),
-                  key=lambda name: name.split("/"))
+    names = []
+    for path in map(Path, glob.glob("**", root_dir=folder, recursive=True)):
+        name = path.as_posix()
+        if re.search(pattern, name, re.I) and not name.startswith(ours):
+            if not (folder / path).is_dir():
+                names.append(name)
+    return sorted(names, key=Path)
 
 
 def unpack(path, folder):
     """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not
     whole, which its checksums tell."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > MAX_TOTAL:
-                    raise ValueError("too large")
-                archive.extractall(folder)      # compares the checksums; no name leads outside
-        else:
+    with user_error(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one"):
+        if not zipfile.is_zipfile(path):
             unpack_tar(path, folder)
-    except Exception as error:          # the readers raise all sorts of things on broken archives
-        raise UserError(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one "
-                        f"({type(error).__name__}: {error})") from None
+            return folder
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_TOTAL:
+                raise ValueError("too large")
+            archive.extractall(folder)      # compares the checksums; no name leads outside
     return folder
 
 
 def unpack_tar(path, folder):
-    """Unpack the plain files of a .tar.gz. It is read to its end first, where the checksum is: one
-    that is broken off may look like one of fewer files."""
-    with gzip.open(path) as f:
-        if f.seek(MAX_TOTAL + 1) > MAX_TOTAL:
+    """Its plain files. A .tar.gz is read to its end first, where the checksum is: one that is
+    broken off may look like one of fewer files."""
+    with gzip.open(path) as file:
+        if file.seek(MAX_TOTAL + 1) > MAX_TOTAL:
             raise ValueError("too large")
     with tarfile.open(path, "r:gz") as archive:
         for member in archive:
             file = (folder / member.name).resolve()
             if member.isreg() and not member.issparse() and file.is_relative_to(folder):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with open(file, "wb") as f:
-                    shutil.copyfileobj(archive.extractfile(member), f)
+                file.write_bytes(archive.extractfile(member).read())
 
 
 def read_texts(folder):
@@ -717,31 +677,43 @@ def read_texts(folder):
     (testclasses.txt ...)."""
     texts = {}
     for name in names_below(folder, r"(?<!classes)\.txt$"):
-        texts[name] = read_captions(read_bounded(folder / name))
+        with user_error(f"{name} is no text in UTF-8: save it as that"):
+            lines = (folder / name).read_text("utf-8-sig").splitlines()
+            texts[name] = clean_captions(lines)
     return texts
 
 
-def pair(images, texts, key):
-    """Which captions belong to which image: those whose paths have the same key.
+def read_pairs(folder, images, texts, key, box_of={}):
+    """Read the images that have captions: those of the texts whose paths have the same key.
 
-    images: paths. texts: {path: list of captions}. -> {image: captions}, and a line for each path
-    that is left alone.
+    images: paths below a folder. texts: {path: list of captions}. box_of: {key: box around which
+    an image is cut}. -> {key: (pixels, window, captions)}, and a line for each path left out.
     """
+    count = Counter(map(key, images))
     captions_of = {}
     for text, captions in texts.items():
         captions_of.setdefault(key(text), []).extend(captions)
-    count = Counter(map(key, images))
-    pairs = {}
-    skipped = []
-    for image in images:
+
+    def read(image):
         captions = captions_of.get(key(image))
-        if captions and count[key(image)] == 1:
-            pairs[image] = captions
-        else:
-            several = "several images have this name, so " if captions else ""
-            skipped.append(f"{image}: {several}{NO_CAPTION}")
-    skipped += [f"{text}: no image" for text in texts if key(text) not in count]
-    return pairs, skipped
+        if not captions:
+            return NO_CAPTION
+        if count[key(image)] > 1:
+            return f"several images have this name, so {NO_CAPTION}"
+        try:
+            return *read_image((folder / image).read_bytes(), box_of.get(key(image))), captions
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    found = {}
+    skipped = []
+    with ThreadPoolExecutor() as pool:
+        for image, result in zip(images, pool.map(read, images)):
+            if isinstance(result, str):     # the reason why it is left out
+                skipped.append(f"{image}: {result}")
+            else:
+                found[key(image)] = result
+    return found, skipped + [f"{text}: no image" for text in texts if key(text) not in count]
 
 
 def plain(name):
@@ -754,33 +726,6 @@ def plain_stem(path):
     return plain(Path(path).stem)
 
 
-def last_folder(path):
-    """.../013.Bobolink/Wing_1.jpg -> 013.Bobolink"""
-    return Path(path).parent.name
-
-
-def read_bounded(path):
-    """The bytes of an image or text file. Raises UserError where they are too many."""
-    size = Path(path).stat().st_size
-    if size > MAX_FILE:
-        raise UserError(f"{path} has more than {MAX_FILE >> 20} MB: not an image or a text")
-    return Path(path).read_bytes()
-
-
-def read_images(folder, names, skipped, box_of={}):
-    """{name: what `read_image` gives} of images below a folder. Adds a line to `skipped` for each
-    one that cannot be read. box_of: {name: box}."""
-    def read(name):
-        try:
-            return read_image(read_bounded(folder / name), box_of.get(name))
-        except (ValueError, OSError, UserError) as error:
-            skipped.append(f"{name}: {error}")
-
-    with ThreadPoolExecutor() as pool:
-        pictures = dict(zip(names, pool.map(read, names)))
-    return {name: picture for name, picture in pictures.items() if picture}
-
-
 def read_image(data, box=None):
     """An image file -> ((76, 76, 3) uint8, the window (left, top, right, bottom) that it shows).
 
@@ -788,10 +733,7 @@ def read_image(data, box=None):
     authors, scales to 76x76 without keeping the proportions. Raises ValueError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels, too many")
-        window = (0, 0, width, height) if box is None else square_around(box, image.size)
+        window = (0, 0, *image.size) if box is None else square_around(box, image.size)
         image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, window)
         image = ImageOps.exif_transpose(image)          # phones store upright images lying down
         return np.asarray(image), window
@@ -815,27 +757,13 @@ def square_around(box, size):
 
 def to_rgb(image):
     """Any mode of Pillow's with 8 bits to RGB. What is transparent is laid on white."""
-    if image.mode.startswith(("I", "F")):
+    if image.mode[0] in "IF":
         raise ValueError(f"more than 8 bits a colour (mode {image.mode}): save it with 8")
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def decode_text(data):
-    """Bytes of a text file in any of the usual encodings -> string."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        return data.decode("utf-16" if is_utf16 else "cp1252", errors="replace")
-
-
-def read_captions(data):
-    """Bytes of a caption file -> list of captions, one a line."""
-    return clean_captions(decode_text(data).splitlines())
 
 
 def clean_captions(lines):
@@ -855,12 +783,8 @@ def load(name, source=None):
     A cache is named after all that it was made from, code and files, so that a change there leads
     to a new one. Without `source` cub and flowers are not looked at again: they may be removed.
     """
-    if name not in DATASETS and not Path(name).exists():
-        last = Path(name).name
-        close = difflib.get_close_matches(last, DATASETS, 1)
-        hint = f"did you mean {close[0]}? Else " if close else ""
-        raise UserError(f"unknown data set {last!r}: {hint}expected {', '.join(DATASETS)}, or a "
-                        "folder or .zip file of images with captions")
+    if name not in DATASETS:
+        name = str(Path(name).resolve())        # a run on it may go on from another place
     begin = f"{short_name(name)}-{building_code()}"
     path = next(CACHE.glob(f"{begin}{8 * '[0-9a-f]'}.npz"), None)
     if source or name not in DATASETS or not path:
@@ -869,11 +793,15 @@ def load(name, source=None):
         if not path.exists():
             print(f"preparing {name}: this is done once and kept in {path}")
             prepare(path, name, paths)
-    # A folder's whole path: a run on it may go on from another place.
-    ds = read_cache(path, name if name in DATASETS else str(Path(name).resolve()))
+    with user_error(f"the cache {path} is damaged: remove it, it is then built again"):
+        with np.load(path) as arrays:
+            fields = dict(arrays)
+        ds = Dataset(name=name, **json.loads(fields.pop("texts").item()), **fields)
     if ds.skipped:
+        listed = CACHE / f"{short_name(name)}-skipped.txt"
+        listed.write_text("\n".join(ds.skipped), encoding="utf-8")
         print(f"{name}: {len(ds.images):,} images are used. What is left out and why "
-              f"({len(ds.skipped):,} in all) is in {skipped_file(name)}; its end: {ds.skipped[-1]}")
+              f"({len(ds.skipped):,} in all) is in {listed}; its end: {ds.skipped[-1]}")
     return ds
 
 
@@ -885,10 +813,6 @@ def short_name(name):
     path = Path(name).resolve()
     last = re.sub(r"[^\w.-]", "_", path.name)[:40]
     return f"own-{last}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
-
-
-def skipped_file(name):
-    return CACHE / f"{short_name(name)}-skipped.txt"
 
 
 def digest(value):
@@ -917,13 +841,11 @@ def prepare(path, name, paths):
     """Build a data set and write its cache, whole or not at all. Archives are unpacked for it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpacked-") as work:
-        folders = []
-        for number, packed in enumerate(paths):
-            folder = Path(work).resolve() / str(number)
-            folders.append(packed if packed.is_dir() else unpack(packed, folder))
-        build = DATASETS[name].build if name in DATASETS else build_folder
-        examples, unseen, skipped = build(*folders)
-        skipped = [printable(line) for line in skipped]
+        work = Path(work).resolve()
+        folders = [path if path.is_dir() else unpack(path, work / path.name) for path in paths]
+        entry = DATASETS.get(name, Entry(build_folder))
+        examples, unseen, skipped = entry.build(*folders)
+        skipped = list(map(printable, skipped))
         if not examples:
             found = "; ".join(map(kinds_of_files, paths, folders))
             first = f" ({skipped[0]})" if skipped else ""
@@ -935,18 +857,13 @@ def prepare(path, name, paths):
     pixels, captions, labels, rows, boxes, keypoints = zip(*examples)
     class_names, labels = np.unique(labels, return_inverse=True)
     texts = dict(captions=captions, class_names=class_names.tolist(), skipped=skipped)
-    texts = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-    arrays = dict(images=np.stack(pixels), labels=labels, rows=np.array(rows),
+    arrays = dict(texts=json.dumps(texts).encode(), images=pixels, labels=labels, rows=rows,
                   unseen_classes=np.isin(class_names, list(unseen)))
-    for key, values in dict(boxes=boxes, keypoints=keypoints).items():
-        if not np.isnan(values).all():
-            arrays[key] = np.array(values, np.float32)
-
-    skipped_file(name).write_text("\n".join(skipped), encoding="utf-8")
-    write_atomically(path, lambda f: np.savez(f, texts=texts, **arrays))
-    for older in CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.npz"):
-        if older != path:                       # of an earlier state of the same source
-            older.unlink(missing_ok=True)
+    if not np.isnan(boxes).all():
+        arrays.update(boxes=np.float32(boxes), keypoints=np.float32(keypoints))
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+    for older in set(CACHE.glob(f"{short_name(name)}-{16 * '[0-9a-f]'}.npz")) - {path}:
+        older.unlink(missing_ok=True)           # of an earlier state of the same source
 
 
 def kinds_of_files(path, folder):
@@ -956,16 +873,6 @@ def kinds_of_files(path, folder):
         kinds.setdefault(Path(name).suffix.lower(), []).append(name)
     counts = [f"{len(names):,} {kind} ({names[0]})" for kind, names in kinds.items()]
     return printable(f"{path.name} has {', '.join(counts[:8]) or 'no files'}")
-
-
-def read_cache(path, name):
-    try:
-        with np.load(path) as arrays:
-            fields = dict(arrays)
-        return Dataset(name=name, **json.loads(fields.pop("texts").tobytes()), **fields)
-    except Exception as error:          # the reader raises all sorts of things on a damaged file
-        raise UserError(f"the cache {path} is damaged ({type(error).__name__}: {error}): remove "
-                        "it, it is then built again") from None
 
 
 # ---- Grids and plots -------------------------------------------------------------------------
@@ -986,16 +893,15 @@ def image_grid(rows, texts=None, titles=None, scale=1):
     font = ImageFont.load_default(13)
     for i, row in enumerate(rows):
         y = top + i * (height + 2)
-        if texts:
-            lines = textwrap.wrap(printable(texts[i][:500]), 32, max_lines=max(1, height // 17),
-                                  placeholder=" ...")
-            pen.multiline_text((6, y + 2), "\n".join(lines), "black", font)
         for j, pixels in enumerate(row):
-            x = left + j * (width + 2)
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-            page.paste(image.resize((width, height), Image.NEAREST), (x, y))
-            if titles:
-                pen.text((x + width / 2, 10), titles[j], "black", font, "mm")
+            image = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
+            page.paste(image, (left + j * (width + 2), y))
+        if texts:
+            text = textwrap.fill(printable(texts[i][:500]), 32, max_lines=height // 17,
+                                 placeholder=" ...")
+            pen.text((6, y + 2), text, "black", font)
+    for j, title in enumerate(titles or []):
+        pen.text((left + j * (width + 2) + width / 2, 10), title, "black", font, "mm")
     return page
 
 
@@ -1004,21 +910,20 @@ def plot(panels, path, size=360):
     page = Image.new("RGB", (size * len(panels), size), "white")
     pen = ImageDraw.Draw(page)
     for number, panel in enumerate(panels):
-        lines = {name: np.array([*zip(*x_y), (0, 0)], float) for name, x_y in panel.items()}
-        widest, highest = np.concatenate([*lines.values(), [(1e-9, 1e-9)]]).max(0)
+        lines = [np.reshape(list(zip(*x_y)), (-1, 2)) for x_y in panel.values()]
+        ends = np.concatenate([[(1e-9, 1e-9)], *lines]).max(0)      # of the axes
         left = number * size + 45
         top = 20 + 14 * len(lines)
-        right = left + size - 60
+        width = size - 60
         bottom = size - 30
-        pen.rectangle((left, top, right, bottom), outline="grey")
-        pen.text((left - 6, top), f"{highest:.1f}", "black", anchor="rm")
-        pen.text((right, bottom + 12), f"{widest:g}", "black", anchor="rm")
-        for i, (name, points) in enumerate(lines.items()):
+        pen.rectangle((left, top, left + width, bottom), outline="grey")
+        pen.text((left - 6, top), f"{ends[1]:.1f}", "black", anchor="rm")
+        pen.text((left + width, bottom + 12), f"{ends[0]:g}", "black", anchor="rm")
+        for i, name in enumerate(panel):
             colour = ("black", "red", "green", "orange", "blue")[i % 5]
             pen.text((left, 10 + 14 * i), name, colour, anchor="lm")
-            x = left + points[:-1, 0] * (right - left) / widest
-            y = bottom - points[:-1, 1] * (bottom - top) / highest
-            pen.line(list(zip(x, y)), colour, 2)
+            points = (left, bottom) + lines[i] / ends * (width, top - bottom)
+            pen.line(points.ravel().tolist(), colour, 2)
     save_image(page, path)
 
 
@@ -1033,6 +938,19 @@ def save_image(image, path):
 # ---- Shared by the scripts: errors, writing, checkpoints, device and precision ---------------
 class UserError(Exception):
     """What the user can mend. `run_script` prints it in one line and exits with code 2."""
+
+
+@contextlib.contextmanager
+def user_error(message, but=()):
+    """Inside it any failure is a UserError with this message: what comes from outside can fail in
+    any way. but: errors that pass."""
+    try:
+        yield
+    except (UserError, *but):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(printable(f"{message} ({reason})")) from None
 
 
 def run_script(main):
@@ -1061,7 +979,7 @@ def run_script(main):
 def int_between(low, high):
     """For argparse: a whole number from low to high."""
     def parse(text):
-        if not text.isdecimal() or len(text) > 20 or not low <= int(text) <= high:
+        if not re.fullmatch(r"\d{1,20}", text) or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(
                 f"expected a number from {low:,} to {high:,}, got {text[:40]!r}")
         return int(text)
@@ -1085,31 +1003,22 @@ def write_atomically(path, write):
         raise
 
 
-FORMAT = 1      # of checkpoints
-
-
 def save_checkpoint(path, **content):
     """Write a dict of tensors and plain values, whole or not at all. A full disk is an OSError."""
     buffer = io.BytesIO()       # torch.save on a full disk would raise a RuntimeError
-    torch.save(dict(format=FORMAT, **content), buffer)
+    torch.save(content, buffer)
     write_atomically(path, lambda f: f.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path, kind):
     """Read a file that `save_checkpoint` wrote. kind: "gan-cls" or "encoder". Nothing in it is
     run as code. Raises UserError."""
-    try:
+    if not Path(path).exists():
+        raise UserError(f"there is no file {path}")
+    with user_error(f"{path} is not a checkpoint, or only a part of one"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except Exception as error:          # a file of another sort can fail anywhere in torch.load
-        raise UserError(f"{path} is not a checkpoint, or only a part of one "
-                        f"({type(error).__name__})") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UserError(f"{path} does not hold a {kind} checkpoint")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}, this version reads {FORMAT}: "
-                        "train it again")
     return content
 
 
@@ -1126,11 +1035,13 @@ SCALE = " scale"        # of a weight "net.0.weight" in 8 bits: "net.0.weight sc
 
 
 def to_8_bits(state):
-    """A state_dict for a file: weights as whole numbers from -127 to 127, with a scale for each
-    row. The rest, biases and batch norm, stays as it is."""
+    """A dict for a file: the weights of its state_dicts as whole numbers from -127 to 127, with a
+    scale for each row. The rest, biases and batch norm and settings, stays as it is."""
     small = {}
     for key, value in state.items():
-        if value.is_floating_point() and value.dim() > 1:
+        if isinstance(value, dict):
+            small[key] = to_8_bits(value)
+        elif torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1:
             scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True).float() / 127
             scale = scale.clamp(min=1e-12)
             small[key] = (value / scale).round().to(torch.int8)
@@ -1151,18 +1062,12 @@ def from_8_bits(state):
     return large
 
 
-@contextlib.contextmanager
 def checkpoint_errors(path):
     """Inside it any failure is a UserError: a checkpoint of another sort can fail anywhere. But
     a full disk or a full GPU is not the checkpoint's fault."""
-    try:
-        yield
-    except (UserError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{path} does not fit this version's networks ({type(error).__name__}): "
-                        "it is damaged, or of other code; train it again, into another folder"
-                        ) from None
+    return user_error(f"{path} does not fit this version's networks: it is damaged, or of other "
+                      "code; train it again, into another folder",
+                      but=(OSError, torch.OutOfMemoryError))
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -1176,72 +1081,36 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"unknown device {name!r}: expected auto, cpu, cuda, or cuda:1")
-    try:
+    with user_error(f"{name} cannot be used"):      # no such card; or a driver that does not fit
         probe = torch.ones(1, device=name)
         probe.sum().item()              # a kernel must run, not only be sent
-        device = probe.device
-    except Exception as error:          # no such card; or a driver that does not fit
-        raise UserError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
         torch.backends.cudnn.benchmark = True           # try the convolutions' kernels, once
         torch.set_float32_matmul_precision("high")      # TF32
-    return device
+    return probe.device
 
 
-def pick_precision(device, name="auto", log=print):
+def pick_precision(device, name="auto"):
     """"auto", "bf16", "fp16" or "fp32" -> one of the last three: what products and convolutions
     are computed in. Losses, weights, batch norm's statistics and Adam's state stay in fp32.
 
-    auto: on CUDA bf16 from compute capability 8 on, else fp16. On a CPU with bf16 instructions
-    the faster one, by a measurement: on some they make it twice as fast, on others twice as
-    slow."""
-    device = torch.device(device)
+    auto: on CUDA bf16 from compute capability 8 on, else fp16. On a CPU bf16 where it has
+    instructions for that, which Linux tells (it is then up to twice as fast), else fp32 (without
+    them bf16 is several times as slow)."""
     if name != "auto":
         return name
+    device = torch.device(device)
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    if not cpu_has_bf16():
-        return "fp32"
-    # In turns, and the best of each: other programs on the machine disturb single measurements.
-    times = []
-    for _ in range(20):
-        times.append((time_convolution("fp32"), time_convolution("bf16")))
-    fp32, bf16 = np.min(times, axis=0)
-    precision = "bf16" if fp32 > 1.15 * bf16 else "fp32"
-    log(f"precision {precision}: a convolution takes {1000 * fp32:.1f} ms in fp32 and "
-        f"{1000 * bf16:.1f} ms in bf16")
-    return precision
-
-
-def cpu_has_bf16():
-    """Does this CPU multiply bf16 itself?"""
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return False
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        if getattr(torch.cpu, probe, bool)():       # not torch's public names; bool() is False
-            return True
-    return False
-
-
-def time_convolution(precision):
-    """Seconds for one of D's convolutions on the CPU, forward and backward. Draws no random
-    numbers, so that a seed gives the same run with and without it."""
-    x = torch.ones(32, 64, 16, 16, requires_grad=True)
-    weight = torch.ones(128, 64, 4, 4, requires_grad=True)
-    start = time.perf_counter()
-    with torch.enable_grad():
-        with autocast("cpu", precision):
-            y = F.conv2d(x.to(memory_format=torch.channels_last), weight, stride=2, padding=1)
-        y.float().sum().backward()
-    return time.perf_counter() - start
+    cpu = Path("/proc/cpuinfo")
+    return "bf16" if cpu.exists() and "avx512_bf16" in cpu.read_text() else "fp32"
 
 
 def autocast(device, precision):
     """A context in which products and convolutions are computed in bf16 or fp16."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, DTYPES[precision])
+    device = torch.device(device).type
+    return torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
 
 
 def grad_scaler(device, precision):
@@ -1268,26 +1137,17 @@ def main(argv=None):
     add_options(parser.add_argument)
     args = parser.parse_args(argv)
     ds = load(args.dataset, args.source)
-    print(f"{args.dataset}: {len(ds.images):,} images, {sum(map(len, ds.captions)):,} captions; "
-          f"boxes: {ds.boxes is not None}; keypoints: {ds.keypoints is not None}")
-    for kind, index in (("to train on", ds.training_images()),
-                        ("unseen, never trained on", ds.unseen_images())):
-        print(f"  {kind}: {len(index):,} images, classes: {len(set(ds.labels[index]))}")
     captions = list(itertools.chain(*ds.captions))
-    letters = list(filter(str.isalpha, "".join(captions).lower()))
-    read = sum(map(str.isascii, letters)) / len(letters)        # as encoder.py reads captions
+    print(f"{args.dataset}: {len(ds.images):,} images, {len(captions):,} captions")
+    print(f"  to train on: {len(ds.training_images()):,} images, classes: "
+          f"{sum(~ds.unseen_classes)}\n  unseen, never trained on: {len(ds.unseen_images()):,} "
+          f"images, classes: {sum(ds.unseen_classes)}")
     long = sum(len(caption) > 201 for caption in captions)
-    print(f"  a to z, which the text encoder reads: {read:.1%} of the captions' letters; captions "
-          f"longer than the 201 letters that it reads: {long:,}")
-    for line in ds.skipped[:10]:
-        print(f"  left out: {line}")
+    print(f"  captions longer than the 201 letters that the text encoder reads: {long:,}")
     shown = example_images(ds, 8)
-    rows = []
-    for image in shown:
-        of_class = np.flatnonzero(ds.labels == ds.labels[image])
-        rows.append(ds.images[[image, *random.choices(of_class, k=5)]])
     path = CACHE / f"{short_name(args.dataset)}.png"
-    save_image(image_grid(rows, [ds.captions[image][0] for image in shown]), path)
+    texts = [ds.captions[image][0] for image in shown]
+    save_image(image_grid(ds.images[shown][:, None], texts), path)
     print(f"  contact sheet: {path}")
 
 

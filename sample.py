@@ -63,12 +63,12 @@ class Model:
         with data.checkpoint_errors(path):
             self.settings = dict(checkpoint["settings"])
             self.dataset = self.settings["dataset"]
-            ngf = self.settings["ngf"]
-            G = data.load_network(lambda: Generator(ngf), checkpoint["average"])
+            G = data.load_network(lambda: Generator(self.settings["ngf"]), checkpoint["average"])
             self.G = G.to(device).eval()
             self.S = None
-            if checkpoint["S"]:
-                S = data.load_network(StyleEncoder, checkpoint["S"])
+            state = checkpoint["S"]
+            if state:
+                S = data.load_network(lambda: StyleEncoder(len(state["net.0.0.weight"])), state)
                 self.S = S.to(device).eval()
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
 
@@ -151,11 +151,11 @@ def grid_of_styles(model, h, paths):
     images = []
     for path in paths:
         try:
-            images.append(data.read_image(data.read_bounded(Path(path)))[0])    # (76, 76, 3)
+            images.append(data.read_image(Path(path).read_bytes())[0])     # (76, 76, 3)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the image {path}: {error}") from None
     x = centre_crops(torch.tensor(np.stack(images)), torch.arange(len(images)))  # (n, 3, 64, 64)
-    s = torch.cat([model.styles(image) for image in x.split(1)])                # s <- S(x)
+    s = model.styles(x)                                                         # s <- S(x)
     return [x, *grid_of_texts(model, h, s)]                   # x_hat <- G(s, phi(t))
 
 
@@ -169,8 +169,7 @@ def draw(args):
     model = Model(find_weights(args.weights), args.device)
     h = embed(model.phi, texts)                               # (texts, 1024)
     steps = torch.linspace(0, 1, args.n).tolist()
-    titles = None
-    labels = texts
+    titles, labels = None, texts
     if args.interpolate:
         rows = grid_between_texts(model, *h, noise(4, args.seed, args.truncation), steps)
         titles = [f"{t:.2f}" for t in steps]
@@ -183,7 +182,6 @@ def draw(args):
         labels = ["style of:", *texts]
     else:
         rows = grid_of_texts(model, h, noise(args.n, args.seed, args.truncation))
-
     out = args.out or Path("sample.png")
     save_image(image_grid([to_pixels(row) for row in rows], labels, titles), out)
     print(f"wrote {out}, drawn with {model.path}, which was trained on {model.dataset}")

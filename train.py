@@ -16,11 +16,9 @@ import math
 import shlex
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import encoder
 from data import Batches, UserError
-from gan_cls import (Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step,
+from gan_cls import (TEXT_DIM, Z_DIM, Discriminator, Generator, StyleEncoder, augment, gan_cls_step,
                      mode_seeking_loss, r1_penalty, sharpen, style_loss, update, update_ema)
 
 # The four models are two switches of one step.
@@ -88,14 +86,13 @@ RECIPES["gpu"] = dict(          # the default with CUDA: large batches, the pape
     decay=0.04)
 
 STYLE_STEPS = 1200              # of S, after G and D
-EVERY = dict(log=50, sample=500, save=500)      # steps; the last two are multiples of the first
-FIRST_SAMPLES = (100, 250)                      # steps: so that something is seen early
-SAVE_SECONDS = 60                               # between two saves: a GPU takes 500 steps in less
+EVERY = dict(log=50, save=500)      # steps; the second is a multiple of the first
+FIRST_SAVES = (100, 250)            # steps: so that something is seen early
 
 
 # ---- The loop --------------------------------------------------------------------------------
 
-def train(run, batches, out_dir, sample_grid, eager=False, start=None, log=print):
+def train(run, batches, out_dir, sample_grid, eager=False, start=None):
     """Train to run.settings["steps"]. Returns False where Ctrl-C or kill ended it earlier.
 
     sample_grid(G) -> an image of samples. Progress lines are means since the last one. With CUDA
@@ -105,40 +102,32 @@ def train(run, batches, out_dir, sample_grid, eager=False, start=None, log=print
     B = settings["batch_size"]
     per_epoch = max(1, len(batches) // B)
     on_cuda = run.device.type == "cuda"
-    sample_every = EVERY["sample"] * (4 if on_cuda else 1)      # a GPU would wait for the images
+    save_every = EVERY["save"] * (5 if on_cuda else 1)      # a GPU would wait for the images
     step = Step(run, batches)
     if on_cuda and not eager:
-        step.record(log)
-    meter = Meter(run, start, log)
+        step.record()
+    progress = Progress(run, start)
     order = None
     last = False
-    saved = time.time()
     with stop_signals() as stopped:
         while not last:
             epoch, i = divmod(run.step, per_epoch)
             if i == 0 or order is None:
-                order = epoch_order(len(batches), settings["seed"], epoch).to(run.device)
+                # The same order whenever seed and epoch are the same.
+                generator = torch.Generator().manual_seed(1_000_003 * settings["seed"] + epoch)
+                order = torch.randperm(len(batches), generator=generator).to(run.device)
 
             set_rates(run, epoch)
-            meter.add(step(order[i * B:(i + 1) * B]))
+            progress.add(step(order[i * B:(i + 1) * B]))
 
             last = run.step == settings["steps"] or bool(stopped)
             if run.step % EVERY["log"] == 0 or last:        # only here does the CPU wait for CUDA
-                means = meter.means()
-                check_health(means, run.history, run.step)
-                run.history.append(dict(step=run.step, **means))
-                meter.report(epoch, means)
-            sample = run.step % sample_every == 0 or run.step in FIRST_SAMPLES or last
-            due = run.step % EVERY["save"] == 0 and time.time() - saved >= SAVE_SECONDS
-            save = due or last
-            if sample or save:
+                progress.report(epoch)
+            if run.step % save_every == 0 or run.step in FIRST_SAVES or last:
                 renew_statistics(run.G_ema, batches)
-            if sample:
                 data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
                 plot_history(run.history, out_dir / "loss.png")
-            if save:
                 run.save(out_dir / "checkpoint.pt")
-                saved = time.time()
     return run.step == settings["steps"]
 
 
@@ -172,9 +161,12 @@ class Step:
             amp=run.amp, scaler=run.scaler)
 
     def gradient_penalty(self):
-        self.run.gradient_penalty_step(self.x, self.h, 4 * self.run.recipe["r1"])
+        """A step of D down R1, in 32 bits. A second derivative is slow: 16 images are enough."""
+        run = self.run
+        penalty = r1_penalty(run.D, run.view(self.x[:16]), self.h[:16])
+        update(run.opt_D, 4 * run.recipe["r1"] * penalty, run.scaler)
 
-    def record(self, log=print):
+    def record(self):
         """Record both parts as CUDA graphs; from then on a call of either replays its graph.
 
         A step is some 1,200 kernels. Launching them takes Python 32 ms on a fast card, which runs
@@ -194,7 +186,7 @@ class Step:
             end_recording(self.run.device)
             self.run.load_state(before)
             reason = str(error).strip().split("\n")[0]
-            return log(f"the step is not recorded, and runs kernel by kernel ({reason})")
+            return print(f"the step is not recorded, and runs kernel by kernel ({reason})")
         for part, graph in zip(parts, graphs):
             setattr(self, part.__name__, graph.replay)
 
@@ -236,7 +228,7 @@ def end_recording(device):
 
 @torch.no_grad()
 def renew_statistics(G, batches, size=1024, at_once=256):
-    """Batch norm's statistics of an averaged G, from `size` training captions.
+    """Batch norm's statistics of an averaged G, from up to `size` training captions.
 
     An average of weights has other statistics than the average of the statistics, and few images
     with very large activations decide them: so in large batches. Draws no random numbers.
@@ -245,9 +237,8 @@ def renew_statistics(G, batches, size=1024, at_once=256):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None              # the plain mean over all batches from here on
-    spread = torch.linspace(0, len(batches) - 1, min(size, len(batches))).long()
-    images = batches.training_images[spread.to(batches.training_images.device)]
-    h = batches.caption_table[batches.caption_starts[images]].float()
+    some = batches.training_images[::math.ceil(len(batches) / size)]
+    h = batches.caption_table[batches.caption_starts[some]].float()
     z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(2)).to(h.device)
     G.train()
     for z_part, h_part in zip(z.split(at_once), h.split(at_once)):
@@ -255,35 +246,26 @@ def renew_statistics(G, batches, size=1024, at_once=256):
     G.eval()
 
 
-def epoch_order(n, seed, epoch):
-    """The order of the training images in an epoch: the same whenever seed and epoch are."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    return torch.randperm(n, generator=generator)
-
-
 def set_rates(run, epoch):
     """The learning rates of a step. [A] section 5: 2e-4; in the authors' code they are halved
     every 100 epochs. With a `decay` below 1: from half of the steps on in a straight line."""
-    decay = run.recipe["decay"]
-    if decay < 1:
-        factor = min(1.0, max(decay, 2 - 2 * run.step / run.settings["steps"]))
-    else:
-        factor = 0.5 ** (epoch // 100)
+    factor = 0.5 ** (epoch // 100)
+    if run.recipe["decay"] < 1:
+        factor = min(1.0, max(run.recipe["decay"], 2 - 2 * run.step / run.settings["steps"]))
     for optimizer, key in ((run.opt_G, "lr_G"), (run.opt_D, "lr_D")):
         rate = run.recipe[key] * factor
-        for group in optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(rate)         # where a recorded step reads it
-            else:
-                group["lr"] = rate
+        group = optimizer.param_groups[0]
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)             # where a recorded step reads it
+        else:
+            group["lr"] = rate
 
 
-class Meter:
-    """Means of what the steps return, and the progress line."""
+class Progress:
+    """Means of what the steps return: a row of run.history, and a line of output."""
 
-    def __init__(self, run, begun=None, log=print):
+    def __init__(self, run, begun=None):
         self.run = run
-        self.log = log
         self.first_step = run.step
         self.start = time.time()
         self.begun = begun or self.start
@@ -295,41 +277,23 @@ class Meter:
             self.sums[key] = self.sums.get(key, 0) + value      # stays on the device
         self.count += 1
 
-    def means(self):
-        """{name: mean since the last call}. Only here are numbers read from the device."""
-        means = {key: value.item() / self.count for key, value in self.sums.items()}
-        self.sums = {}
-        self.count = 0
-        return means
-
-    def report(self, epoch, means):
+    def report(self, epoch):
         step = self.run.step
         steps = self.run.settings["steps"]
-        done = step - self.first_step
-        seconds = (time.time() - self.start) / done             # a step
-        left = (steps - step) * seconds / 60
+        means = {key: value.item() / self.count for key, value in self.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):       # and nothing is saved
+            raise UserError(f"a loss is no longer finite at step {step}: go on with --resume, and "
+                            "if it comes again try --precision fp32 or another --seed")
+        self.run.history.append(dict(step=step, **means))
+        self.sums = {}
+        self.count = 0
+        seconds = (time.time() - self.start) / (step - self.first_step)     # a step; of S, a fifth
+        left = (steps - step + STYLE_STEPS / 5) * seconds / 60
+        whole = (time.time() - self.begun) / 60 + left
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-        self.log(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
-                 f"{self.run.settings['batch_size'] / seconds:.0f} images/s  {left:.1f} min left")
-        if done == FIRST_SAMPLES[0]:
-            over = (time.time() - self.begun) / 60
-            style = STYLE_STEPS * seconds / 2 / 60              # a step of S is half as long
-            self.log(f"the whole takes about {over + left + style:.0f} minutes: {over:.1f} are "
-                     f"over, S will take {style:.1f}")
-
-
-def check_health(means, history, step):
-    """Stop a run that cannot recover; where a loss is not finite, before anything is saved."""
-    if not all(math.isfinite(value) for value in means.values()):
-        raise UserError(
-            f"a loss is no longer finite at step {step}: go on from the last checkpoint with "
-            "--resume, and if it comes again try --precision fp32 or another --seed")
-    rows = history[-5:] + [means]
-    won = [row["D(real)"] > 0.999 and row["D(fake)"] < 0.001 for row in rows]
-    if len(won) > 5 and all(won):
-        raise UserError(
-            f"D has won at step {step}: it is certain of every image and teaches G nothing "
-            "more; try a smaller --ndf or another --seed")
+        print(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
+              f"{self.run.settings['batch_size'] / seconds:.0f} images/s  "
+              f"{left:.1f} of {whole:.1f} minutes left")
 
 
 @contextlib.contextmanager
@@ -337,7 +301,7 @@ def stop_signals():
     """A list that is no longer empty after Ctrl-C or kill: the loop ends its step and saves."""
     stopped = []
     handlers = {}
-    if threading.current_thread() is threading.main_thread():   # in others Python allows none
+    with contextlib.suppress(ValueError):       # Python allows them in the main thread only
         for sig in (signal.SIGINT, signal.SIGTERM):
             handlers[sig] = signal.signal(sig, lambda *_: stopped.append(True))
     try:
@@ -349,21 +313,17 @@ def stop_signals():
 
 def plot_history(history, path):
     """Two panels: the losses, and D's mean outputs."""
-    def curves(*keys):
-        lines = {}
-        for key in keys:
-            if key in history[0]:
-                lines[key] = ([row["step"] for row in history], [row[key] for row in history])
-        return lines
-
-    data.plot([curves("loss_D", "loss_G"), curves("D(real)", "D(wrong)", "D(fake)")], path)
+    steps = [row["step"] for row in history]
+    panels = [{}, {}]
+    for key in list(history[0])[1:]:
+        panels[key.startswith("D(")][key] = steps, [row[key] for row in history]
+    data.plot(panels, path)
 
 
 # ---- The state of a run ----------------------------------------------------------------------
 
 class Run:
-    """Networks, optimizers and what else a checkpoint holds. settings: a dict of plain values;
-    phi_checkpoint: see encoder.build."""
+    """Networks, optimizers and what else a checkpoint holds. phi_checkpoint: see encoder.build."""
 
     def __init__(self, settings, device, phi_checkpoint=None):
         self.settings = settings
@@ -383,7 +343,7 @@ class Run:
         self.G_ema = copy.deepcopy(self.G).eval()
 
         # [A] section 5: Adam with beta1 = 0.5. Q is a second style encoder that learns together
-        # with G, for the `style` term of G's loss. It is not S: that is trained on a frozen G.
+        # with G, for the `style` term of G's loss. S begins as Q, and is trained on a frozen G.
         with_G = torch.nn.ModuleList([self.G, self.Q] if self.Q else [self.G])
         self.opt_G = adam(with_G, device)
         self.opt_D = adam(self.D, device)
@@ -392,10 +352,13 @@ class Run:
 
     # What all recipes but "paper" add to Algorithm 1.
 
+    def seen_by_S(self, x):
+        """What Q and S see of images (N, 3, 64, 64): without `augment` G would hide z in them."""
+        return augment(x) if self.recipe["augment"] else x
+
     def view(self, x):
         """What D sees of images (N, 3, 64, 64), real or fake."""
-        if self.recipe["augment"]:
-            x = augment(x)
+        x = self.seen_by_S(x)
         if self.recipe["sharpen"]:
             x = sharpen(x, self.recipe["sharpen"])
         return x
@@ -423,15 +386,9 @@ class Run:
             # Eq. 6 rewards G too, through an S of its own (Q, as in InfoGAN, Chen et al. 2016):
             # z is to be read off the image, whatever the sentence.
             with self.amp:
-                z_hat = self.Q(self.view(x_fake))
+                z_hat = self.Q(self.seen_by_S(x_fake))
             loss = loss + self.recipe["style"] * style_loss(z, z_hat)
         return loss
-
-    def gradient_penalty_step(self, x, h, weight):
-        """A step of D down the gradient penalty, in 32 bits. 32 images are enough for its mean, and
-        a second derivative is slow."""
-        penalty = r1_penalty(self.D, self.view(x[:32]), h[:32])
-        update(self.opt_D, weight * penalty, self.scaler)
 
     # Checkpoints.
 
@@ -469,16 +426,16 @@ class Run:
         self.load_state(checkpoint)
         self.step = checkpoint["step"]
         self.history = checkpoint["history"]
-        if checkpoint["S"]:
-            S = data.load_network(StyleEncoder, checkpoint["S"])
-            self.S = S.to(self.device, memory_format=torch.channels_last).eval()
+        state = checkpoint["S"]
+        if state:
+            S = data.load_network(lambda: StyleEncoder(len(state["net.0.0.weight"])), state)
+            self.S = S.to(self.device).eval()
 
 
 def adam(net, device):
     """[A] section 5: Adam with beta1 = 0.5. The rate is set at every step, see `set_rates`."""
     options = dict(betas=(0.5, 0.999), fused=True)      # fused: one kernel for all weights
-    if device.type == "cuda":
-        # A recorded step reads its rate from the device, and counts its steps there.
+    if device.type == "cuda":       # a recorded step reads its rate there, and counts its steps
         options.update(lr=torch.zeros((), device=device), capturable=True)
     return torch.optim.Adam(net.parameters(), **options)
 
@@ -496,34 +453,32 @@ def load_adam(optimizer, state):
 
 # ---- S, after G and D ------------------------------------------------------------------------
 
-def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
+def train_style_encoder(run, batches, steps=STYLE_STEPS):
     """S by [A] eq. 6, with G frozen: draw z, generate, ask S for the z. -> a StyleEncoder.
 
-    An S that always answers 0 would have a loss of E ||z||^2 = 100.
+    An S that always answers 0 would have a loss of E ||z||^2 = 100. S begins as Q, if there is
+    one. On the toy birds that gives 38, and 1,200 steps of a new and wider S give 75.
     """
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
-    S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
+    S = copy.deepcopy(run.Q) if run.Q else StyleEncoder(run.settings["ndf"])
+    S.to(run.device, memory_format=torch.channels_last)
     # Not in [A]. S is an ordinary regression: Adam's defaults.
     optimizer = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
     scaler = data.grad_scaler(run.device, run.settings["precision"])
-    start = time.time()
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
         index = torch.randint(len(batches), (B,), device=run.device)
         h = batches.texts(batches.training_images[index])
         with run.amp:
             with torch.no_grad():
-                x = run.G_ema(z, h)
-                if run.recipe["augment"]:       # S then does better on photographs
-                    x = augment(x)
+                x = run.seen_by_S(run.G_ema(z, h))
             loss = style_loss(z, S(x))
         update(optimizer, loss, scaler)
         if step == steps * 3 // 4:
             optimizer.param_groups[0]["lr"] /= 10
         if step % 200 == 0 or step == steps:
-            log(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)  "
-                f"{time.time() - start:.0f} s")
+            print(f"style encoder: step {step}/{steps}  loss {loss.item():.1f} (of 100)")
     return S.eval()
 
 
@@ -531,18 +486,15 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS, log=print):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.benchmark:
-        return benchmark(args)
-    if args.export is not None:
-        return export(args)
-    variants = VARIANTS if args.variant == "all" else [args.variant or "gan-int-cls"]
-    for variant in variants:
-        train_variant(args, variant)
+    action = benchmark if args.benchmark else train_variant
+    if args.export:
+        action = export
+    for variant in VARIANTS if args.variant == "all" else [args.variant or "gan-int-cls"]:
+        action(args, variant)
 
 
 def train_variant(args, variant):
     start = time.time()
-
     # 1. A new run, or one that was stopped. Of "all", some may be there and others not.
     folder = args.out or run_folder(args, variant)
     path = folder / "checkpoint.pt"
@@ -583,13 +535,11 @@ def train_variant(args, variant):
 
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
     if run.S is None:
-        renew_statistics(run.G_ema, batches)
         print("G and D are done and saved; now S, which --resume begins anew if it is stopped")
         with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             run.S = train_style_encoder(run, batches)
         run.save(path)
 
-    # 4. What to do next.
     print(f"done: {path}\nnow try: python sample.py --weights {shlex.quote(str(path))} "
           f"{shlex.quote(texts[-1])}")
 
@@ -602,46 +552,32 @@ def run_folder(args, variant):
 def new_run(args, variant, path):
     """(run, data set) from the command line."""
     if path.exists():
-        raise UserError(f"{path} is there already: add --resume to go on with it, or name "
-                        "another --out")
-    device = args.device
+        raise UserError(f"{path} is there already: go on with --resume, or name another --out")
     ds = data.load(args.dataset or "toy", args.source)
-    settings = choose_settings(args, variant, ds, device)
-    # One text encoder serves all runs on a data set; with --out nothing is written elsewhere.
-    shared = encoder.encoder_path(ds)
-    own = args.out / "encoder.pt" if args.out and not shared.exists() else None
-    phi_checkpoint = encoder.get_encoder(
-        ds, device, settings["precision"], image_side=args.image_encoder,
-        image_features=args.image_features, path=own)
-    return Run(settings, device, phi_checkpoint), ds
+    settings = choose_settings(args, variant, ds, args.device)
+    phi_checkpoint = encoder.get_encoder(       # one for all runs on a data set
+        ds, args.device, settings["precision"], image_side=args.image_encoder,
+        image_features=args.image_features)
+    return Run(settings, args.device, phi_checkpoint), ds
 
 
 def choose_settings(args, variant, ds, device):
     """A run's settings, a dict of plain values."""
-    recipe = args.recipe or "quick"
-    if not args.recipe and ds.name == "toy":
-        recipe = "toy"
-    elif not args.recipe and device.type == "cuda":
-        recipe = "gpu"
+    default = "gpu" if device.type == "cuda" else "quick"
+    recipe = args.recipe or ("toy" if ds.name == "toy" else default)
     n = len(ds.training_images())
     batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], n)
     if batch_size < 4:
         what = f"{n} training images are too few" if n < 4 else "--batch-size is too small"
         raise UserError(f"{what}: expected 4 or more")
 
-    steps = args.steps
-    if not steps:
-        steps = 600 * (n // batch_size)         # [A] section 5: 600 epochs
-        steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
-        steps = min(steps, RECIPES[recipe]["steps"] or steps)
-
-    ngf = args.ngf or 128                       # the authors' width
-    if not args.ngf and device.type != "cuda":
-        ngf = 32
-        print("no CUDA device: a quarter of the authors' width, ngf 32 (--ngf and --ndf choose)")
+    steps = 600 * (n // batch_size)             # [A] section 5: 600 epochs
+    steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
+    steps = min(steps, RECIPES[recipe]["steps"] or steps)
+    ngf = args.ngf or (128 if device.type == "cuda" else 32)    # the authors' width, or a quarter
     return dict(
         dataset=ds.name, digest=ds.digest(), variant=variant, recipe=recipe,
-        batch_size=batch_size, steps=steps, seed=args.seed or 0, ngf=ngf,
+        batch_size=batch_size, steps=args.steps or steps, seed=args.seed or 0, ngf=ngf,
         ndf=args.ndf or max(1, ngf // 2),       # the authors': 128 and 64. A D as wide as G wins
         precision=data.pick_precision(device, args.precision or "auto"))
 
@@ -653,19 +589,20 @@ def resumed_run(args, path):
     checkpoint = data.load_checkpoint(path, "gan-cls")
     with data.checkpoint_errors(path):
         settings = checkpoint["settings"]
-        check_agreement(args, settings, path)
+        for key in ("recipe", "batch_size", "seed", "ngf", "ndf", "variant"):
+            value = getattr(args, key)
+            if value not in (None, "all", settings[key]):
+                option = "--" + key.replace("_", "-")
+                raise UserError(f"{path} was begun with {option} {settings[key]}, not {value}: "
+                                "leave it out to go on, or name another --out")
         trained_on = args.dataset or settings["dataset"]
     ds = data.load(trained_on, args.source)     # what fails here is not the checkpoint's fault
     with data.checkpoint_errors(path):
         if ds.digest() != settings["digest"]:
-            raise UserError(
-                f"{path} was trained on {settings['dataset']} as it was then; {ds.name} has other "
-                "captions or another split: name the same data, or another --out for a new run")
+            raise UserError(f"{path} was trained on {settings['dataset']}, and {ds.name} has other "
+                            "captions or another split: name the same data, or another --out")
         settings["dataset"] = ds.name           # the same data may have moved
-        settings["steps"] = args.steps or settings["steps"]
-        if settings["steps"] < checkpoint["step"]:
-            raise UserError(f"{path} has done {checkpoint['step']:,} steps already: ask for as "
-                            "many or more, or name another --out for a new run")
+        settings["steps"] = max(args.steps or settings["steps"], checkpoint["step"])
         if args.precision not in (None, "auto"):
             settings["precision"] = args.precision
         run = Run(settings, args.device, checkpoint["encoder"])
@@ -673,31 +610,17 @@ def resumed_run(args, path):
     return run, ds
 
 
-def check_agreement(args, settings, path):
-    """Raise UserError where an option was given that is not the run's."""
-    for key in ("recipe", "batch_size", "seed", "ngf", "ndf", "variant"):
-        value = getattr(args, key)
-        if value not in (None, "all", settings[key]):
-            option = "--" + key.replace("_", "-")
-            raise UserError(f"{path} was begun with {option} {settings[key]}, not {value}: leave "
-                            f"{option} out to go on with it, or name another --out")
-
-
-def export(args):
+def export(args, variant):
     """What sampling needs of a finished run, its weights in 8 bits, to weights/NAME.pt."""
     if Path(args.export).name != args.export:
         raise UserError(f"--export takes a name, such as toy, not a path: {args.export}")
-    path = (args.out or run_folder(args, args.variant or "gan-int-cls")) / "checkpoint.pt"
+    path = (args.out or run_folder(args, variant)) / "checkpoint.pt"
     checkpoint = data.load_checkpoint(path, "gan-cls")
     with data.checkpoint_errors(path):
         if not checkpoint["S"]:
             raise UserError(f"{path} is not finished: let it go on with --resume")
-        phi_checkpoint = dict(checkpoint["encoder"])
-        for key in {"phi", "v"} & phi_checkpoint.keys():    # one of weights/ may come without v
-            phi_checkpoint[key] = data.to_8_bits(phi_checkpoint[key])
-        content = dict(
-            settings=checkpoint["settings"], step=checkpoint["step"], encoder=phi_checkpoint,
-            average=data.to_8_bits(checkpoint["average"]), S=data.to_8_bits(checkpoint["S"]))
+        kept = ("settings", "step", "encoder", "average", "S")
+        content = data.to_8_bits({key: checkpoint[key] for key in kept})
     out = encoder.WEIGHTS / f"{args.export}.pt"
     data.save_checkpoint(out, kind="gan-cls", **content)
     print(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB")
@@ -705,25 +628,16 @@ def export(args):
 
 # ---- How fast it is --------------------------------------------------------------------------
 
-def benchmark(args):
-    """Time the step on random data, beside what the machine reaches at best. Prints."""
+def benchmark(args, variant):
+    """Time the step of a data set, beside what the machine reaches at best. Prints."""
     device = args.device
-    n = 2048
-    ds = data.Dataset(
-        "random", np.zeros((n, data.IMAGE_SIZE, data.IMAGE_SIZE, 3), np.uint8), [["a bird"]] * n,
-        np.arange(n) % 64, [str(i) for i in range(64)], np.zeros(64, bool), np.arange(n))
-    settings = choose_settings(args, args.variant or "gan-int-cls", ds, device)
+    ds = data.load(args.dataset or "toy", args.source)
+    settings = choose_settings(args, variant, ds, device)
     run = Run(settings, device)
-    step = Step(run, Batches(ds, torch.randn(n, 1024).half(), device, run.recipe["captions"]))
-    positions = step.positions.clone()
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    print(f"{name}; torch {torch.__version__}; {settings}")
-
-    def four_steps():                           # every fourth has the gradient penalty
-        for _ in range(4):
-            step(positions)
+    table = torch.randn(sum(map(len, ds.captions)), TEXT_DIM).half()    # in place of phi
+    step = Step(run, Batches(ds, table, device, run.recipe["captions"]))
+    print(f"{settings}; torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}")
 
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=data.DTYPES[settings["precision"]])
@@ -734,22 +648,21 @@ def benchmark(args):
     tera = counter.get_total_flops() / 1e12
     for how in ("eager", "recorded"):
         core = seconds(step.algorithm_1)
-        whole = seconds(four_steps) / 4
-        print(f"  {how}: Algorithm 1 with what the recipe adds {1000 * core:.1f} ms, "
+        whole = seconds(lambda: step(step.positions))
+        print(f"  {how}: a step takes {1000 * whole:.1f} ms, {len(step.x) / whole:,.0f} images/s"
+              f"; Algorithm 1 with what the recipe adds {1000 * core:.1f} ms, "
               f"{tera / core:.2f} TFLOP/s, {tera / core / product:.0%} of the product's rate")
-        print(f"  {how}: the whole step {1000 * whole:.1f} ms, {len(positions) / whole:,.0f} "
-              "images/s")
         if device.type != "cuda":
             break
         step.record()
 
 
 def seconds(function):
-    """The median time of a call; on CUDA it waits for the device."""
+    """The mean time of a call; on CUDA it waits for the device."""
     timer = Timer("function()", globals=dict(function=function),
                   num_threads=torch.get_num_threads())
-    timer.timeit(5)
-    return timer.blocked_autorange(min_run_time=1).median
+    timer.timeit(4)
+    return timer.blocked_autorange(min_run_time=2).mean
 
 
 def parse_args(argv=None):
@@ -763,28 +676,23 @@ def parse_args(argv=None):
     add("--variant", choices=[*VARIANTS, "all"],
         help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES,
-        help="paper: section 5; quick: with what makes few steps enough; gpu: quick in large "
-             "batches; toy: for drawn birds (default: toy for toy, gpu with CUDA, else quick)")
+        help="see RECIPES in train.py (default: toy for toy, gpu with CUDA, else quick)")
     add("--steps", type=count,
-        help="length of training (toy: 6,000, quick: 25,000, others: 600 epochs); "
-             f"S has {STYLE_STEPS:,} more")
+        help=f"toy: 6,000, quick: 25,000, others: 600 epochs; S has {STYLE_STEPS:,} more")
     add("--batch-size", type=count, help="default: recipe paper 64, gpu 128, others 32")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
-    add("--out", type=Path, metavar="DIR",
-        help="where the run is kept (runs/DATASET-VARIANT[-SEED])")
+    add("--out", type=Path, metavar="DIR", help="default: runs/DATASET-VARIANT[-SEED]")
     add("--resume", action="store_true", help="go on with the run that is there")
-    add("--eager", action="store_true",
-        help="with CUDA: do not record the step, so that print and breakpoints work in it")
+    add("--eager", action="store_true", help="with CUDA: an unrecorded step, as for breakpoints")
     add("--export", metavar="NAME", help="write a finished run to weights/NAME.pt, for sample.py")
-    add("--benchmark", action="store_true", help="time the step on random data; writes nothing")
+    add("--benchmark", action="store_true", help="time the step; trains nothing")
     add("--lr", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.lr:
         parser.error("there is no --lr: the rates stand in RECIPES in train.py, lr_G and lr_D")
-    if args.variant == "all" and (args.out or args.benchmark or args.export):
-        parser.error("--variant all trains each model in its own folder: leave --out, --benchmark "
-                     "and --export out")
+    if args.variant == "all" and (args.out or args.export):
+        parser.error("--variant all trains each model in its own folder: no --out, no --export")
     return args
 
 
