@@ -169,7 +169,8 @@ def draw(args):
     model = Model(find_weights(args.weights), args.device)
     h = embed(model.phi, texts)                               # (texts, 1024)
     steps = torch.linspace(0, 1, args.n).tolist()
-    titles, labels = None, texts
+    titles = None
+    labels = texts
     if args.interpolate:
         rows = grid_between_texts(model, *h, noise(4, args.seed, args.truncation), steps)
         titles = [f"{t:.2f}" for t in steps]
@@ -563,7 +564,6 @@ def measure_runs(args):
         h = embed(model.phi, test.texts)                                    # (n, 1024)
         images[name] = generate_for(model, h, 0, args.truncation)           # (n, 3, 64, 64)
         runs[name] |= measure_run(model, test, h, images[name], args.truncation)
-
         # train.py adds the seed to a run's name: NAME, NAME-1, NAME-2. They share a column.
         column = name.removesuffix(f"-{runs[name]['seed']}")
         columns.setdefault(column, []).append(name)
