@@ -439,10 +439,13 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
 def cub_tables(folder):
     """What CUB's tables say, in the order of images.txt: {name: (box, keypoints)}, x, y, width,
     height and (6, 2), in pixels of the original image, NaN for a keypoint that is not visible.
-    Nothing, unless all three tables are there."""
+    Nothing where there are no tables."""
     paths = names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$")
-    if len(paths) < 3:
+    if not paths:
         return {}
+    if len(paths) < 3:
+        raise UserError(f"found only {', '.join(paths)}: images.txt, bounding_boxes.txt and "
+                        "part_locs.txt belong together")
     with user_error("a table of CUB is not as it should be"):
         lines_of = {}
         for path in paths:
@@ -522,7 +525,9 @@ def own_classes(places, skipped):
 def read_table(folder, table, texts):
     """Add the captions of a metadata.csv or metadata.jsonl to texts {image: captions}."""
     with user_error(f"{table} cannot be read"):
-        text = (folder / table).read_text("utf-8-sig")
+        text = decode_text((folder / table).read_bytes()).strip()
+        if not text:
+            raise ValueError("it is empty")
         if table.lower().endswith(".csv"):
             entries = csv_entries(text)
         else:
@@ -659,8 +664,8 @@ def unpack(path, folder):
 
 
 def unpack_tar(path, folder):
-    """Its plain files. A .tar.gz is read to its end first, where the checksum is: one that is
-    broken off may look like one of fewer files."""
+    """Unpack its regular files (no links). It is read to its end first, where the checksum is: one
+    that is broken off may look like one of fewer files."""
     with gzip.open(path) as file:
         if file.seek(MAX_TOTAL + 1) > MAX_TOTAL:
             raise ValueError("too large")
@@ -677,9 +682,8 @@ def read_texts(folder):
     (testclasses.txt ...)."""
     texts = {}
     for name in names_below(folder, r"(?<!classes)\.txt$"):
-        with user_error(f"{name} is no text in UTF-8: save it as that"):
-            lines = (folder / name).read_text("utf-8-sig").splitlines()
-            texts[name] = clean_captions(lines)
+        text = decode_text((folder / name).read_bytes())
+        texts[name] = clean_captions(text.splitlines())
     return texts
 
 
@@ -764,6 +768,15 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def decode_text(data):
+    """Bytes of a text file in any of the usual encodings -> string."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return data.decode("utf-16" if is_utf16 else "cp1252", errors="replace")
 
 
 def clean_captions(lines):
@@ -1041,7 +1054,9 @@ def to_8_bits(state):
     for key, value in state.items():
         if isinstance(value, dict):
             small[key] = to_8_bits(value)
-        elif torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1:
+        elif not torch.is_tensor(value) or key.endswith(SCALE):     # or it is in 8 bits already
+            small[key] = value
+        elif value.is_floating_point() and value.dim() > 1:
             scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True).float() / 127
             scale = scale.clamp(min=1e-12)
             small[key] = (value / scale).round().to(torch.int8)

@@ -12,7 +12,7 @@ its embedding another letter phi than for the text's; we write x and v(x).)
     python encoder.py --dataset toy --evaluate                  # measure the one that is there
 
 To put another text encoder in phi's place, change these functions, empty SHIPPED, and remove the
-old ones from runs/ (*-encoder.pt, */encoder.pt, *-scorer-*.pt):
+old ones from runs/ (*-encoder.pt, *-scorer-*.pt):
 
     embed(phi, texts)   list of str -> (len(texts), 1024) float32, equal rows for equal texts. G's
                         noise z is N(0, 1), so h should be of that order too, with its variance in

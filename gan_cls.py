@@ -237,9 +237,9 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     B/2 for the blends of eq. 5, of captions i and B/2 + i. G's loss is the sum of a mean over the
     captions and one over the blends.
 
-    Not in the paper, and off: view(images) is what D is shown of them, real or fake; blends_to_D
-    shows D the fake images of the blends too, else G can fool it with one image for many of them;
-    extra_G_loss(z, texts, x_fake) is a scalar that is added to G's loss.
+    Not in the paper; off unless given: view(images) is what D is shown of them, real or fake;
+    blends_to_D shows D the fake images of the blends too, else G can fool it with one image for
+    many of them; extra_G_loss(z, texts, x_fake) is a scalar that is added to G's loss.
     Returns a dict of scalars on the device: "loss_D", "loss_G" (without the extra) and the mean
     outputs of D, "D(real)", "D(fake)" and with cls "D(wrong)".
     """
@@ -271,7 +271,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     # (2) Update G: maximise  L_G = log(s_f), and for eq. 5  log D(G(z, blend), blend)
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
-        l_G = D(view(x_fake), texts)                        # line 9 again, by the D of line 11
+        l_G = D(view(x_fake), texts)                        # line 9 again, with the updated D
     loss_G = generator_loss(l_G[:B])                        # line 12
     if int_:
         # Eq. 5, -log D as in line 12. A mean of its own, as heavy as that of the captions, so
@@ -345,6 +345,7 @@ def sharpen(x, gain):
     W = x.shape[-1]
     near = x.new_ones(W, W).triu(-1).tril(1)                # 1 where two pixels are neighbours
     count = near.sum(0)                                     # 3, at the border 2
+    # near @ x sums each row with its neighbours, x @ near each column: together the sum over 3x3.
     return x + gain * (x - near @ x @ near / (count[:, None] * count))
 
 

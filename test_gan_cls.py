@@ -2519,7 +2519,7 @@ BAD_DATA = [
     ({"x/metadata.csv": b"text,file_name\na bird, red,a.jpg\n"}, "x", "the row of 'a bird' has"),
     ({"x/metadata.jsonl": b"[" * 100_000}, "x", "metadata.jsonl cannot be read"),
     (cub_with(images="1 a b c", bounding_boxes="", part_locs=""), "cub --from x", "table of CUB"),
-    (cub_with(images="1 1.A/a.jpg"), "cub-box --from x", "no bounding boxes"),
+    (cub_with(images="1 1.A/a.jpg"), "cub-box --from x", "belong together"),
     (cub_with(images="2 1.A/a.jpg", bounding_boxes="1 1 2 3 4", part_locs="1 1 1 1 1\n" * 15),
      "cub-box --from x", "table of CUB"),
 ]
@@ -2587,6 +2587,7 @@ BAD_INPUT = [
     (train, f"{TINY} --out few --batch-size 3", "--batch-size is too small"),
     (train, "--variant all --out x", "in its own folder"),
     (train, "--out run --export ../x", "not a path"),
+    (train, "--out run --resume --steps 3", "has done 4 steps"),
     (train, "--out short --export x", "does not fit"),
     (train, f"{RUN} run --ngf 4", "--ngf 2, not 4"),
     (train, f"{RUN} run --recipe paper", "--recipe quick, not paper"),

@@ -6,7 +6,7 @@
     python train.py --resume                        # go on with a run that was stopped
 
 Algorithm 1 itself is `gan_cls_step` in gan_cls.py; the loop around it is `train`, below.
-A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out): checkpoint.pt, samples/, loss.png.
+A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out), their phi in runs/DATASET-encoder.pt.
 """
 
 import argparse
@@ -77,8 +77,8 @@ RECIPES["toy"] = dict(
     r1=0.3)                     # with 0 D memorised 150 species; on photographs 0.1 was too much
 RECIPES["gpu"] = dict(          # the default with CUDA: large batches, the paper's 600 epochs
     RECIPES["quick"],
-    steps=None,                 # 600 epochs, and with few images at least
-    fewest_steps=5000,          # these
+    steps=None,                 # 600 epochs
+    fewest_steps=5000,          # but never fewer than this
     batch_size=128,
     lr_G=5e-4,                  # a little more than for batches of 32
     lr_D=2.5e-4,
@@ -102,7 +102,7 @@ def train(run, batches, out_dir, sample_grid, eager=False, start=None):
     B = settings["batch_size"]
     per_epoch = max(1, len(batches) // B)
     on_cuda = run.device.type == "cuda"
-    save_every = EVERY["save"] * (5 if on_cuda else 1)      # a GPU would wait for the images
+    save_every = EVERY["save"] * (5 if on_cuda else 1)      # drawing and saving would take long
     step = Step(run, batches)
     if on_cuda and not eager:
         step.record()
@@ -116,7 +116,6 @@ def train(run, batches, out_dir, sample_grid, eager=False, start=None):
                 # The same order whenever seed and epoch are the same.
                 generator = torch.Generator().manual_seed(1_000_003 * settings["seed"] + epoch)
                 order = torch.randperm(len(batches), generator=generator).to(run.device)
-
             set_rates(run, epoch)
             progress.add(step(order[i * B:(i + 1) * B]))
 
@@ -174,15 +173,13 @@ class Step:
         weights, Adam's rates. Whatever raises here leaves the step as it was.
         """
         before = copy.deepcopy(self.run.state())
-        parts = [self.algorithm_1]
-        if self.run.recipe["r1"]:
-            parts.append(self.gradient_penalty)
+        parts = [self.algorithm_1, self.gradient_penalty]
         try:
             warm_up(parts)
             self.run.load_state(before)         # of the warm-up nothing remains
             graphs = record_graphs(parts)
         except Exception as error:              # whatever a driver or a changed step raises
-            self.run.D.requires_grad_(True)     # it may have failed in between
+            self.run.D.requires_grad_(True)     # gan_cls_step may have failed with D frozen
             end_recording(self.run.device)
             self.run.load_state(before)
             reason = str(error).strip().split("\n")[0]
@@ -210,7 +207,7 @@ def warm_up(parts):
 def record_graphs(parts):
     """A CUDA graph of each function, all in one pool of memory."""
     graphs = []
-    with torch.cuda.stream(torch.cuda.current_stream()):    # which a failure would leave changed
+    with torch.cuda.stream(torch.cuda.current_stream()):    # restored after a failure
         for part in parts:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
@@ -230,8 +227,8 @@ def end_recording(device):
 def renew_statistics(G, batches, size=1024, at_once=256):
     """Batch norm's statistics of an averaged G, from up to `size` training captions.
 
-    An average of weights has other statistics than the average of the statistics, and few images
-    with very large activations decide them: so in large batches. Draws no random numbers.
+    Averaged weights need statistics of their own. In large batches, because single images can have
+    very large activations. Draws no random numbers.
     """
     for module in G.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -241,7 +238,8 @@ def renew_statistics(G, batches, size=1024, at_once=256):
     h = batches.caption_table[batches.caption_starts[some]].float()
     z = torch.randn(len(h), Z_DIM, generator=torch.Generator().manual_seed(2)).to(h.device)
     G.train()
-    for z_part, h_part in zip(z.split(at_once), h.split(at_once)):
+    chunks = math.ceil(len(h) / at_once)        # equally large: each weighs the same
+    for z_part, h_part in zip(z.chunk(chunks), h.chunk(chunks)):
         G(z_part, h_part)
     G.eval()
 
@@ -287,7 +285,7 @@ class Progress:
         self.run.history.append(dict(step=step, **means))
         self.sums = {}
         self.count = 0
-        seconds = (time.time() - self.start) / (step - self.first_step)     # a step; of S, a fifth
+        seconds = (time.time() - self.start) / (step - self.first_step)     # a step of S: a fifth
         left = (steps - step + STYLE_STEPS / 5) * seconds / 60
         whole = (time.time() - self.begun) / 60 + left
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
@@ -353,7 +351,8 @@ class Run:
     # What all recipes but "paper" add to Algorithm 1.
 
     def seen_by_S(self, x):
-        """What Q and S see of images (N, 3, 64, 64): without `augment` G would hide z in them."""
+        """What Q and S see of images (N, 3, 64, 64): not sharpened. Without `augment`
+        G encodes z in detail too fine to see (Q's loss is 2, a new S's 98)."""
         return augment(x) if self.recipe["augment"] else x
 
     def view(self, x):
@@ -457,7 +456,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
     """S by [A] eq. 6, with G frozen: draw z, generate, ask S for the z. -> a StyleEncoder.
 
     An S that always answers 0 would have a loss of E ||z||^2 = 100. S begins as Q, if there is
-    one. On the toy birds that gives 38, and 1,200 steps of a new and wider S give 75.
+    one: a loss of 38 on the toy birds, where 1,200 steps of a new, wider S gave 75.
     """
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
@@ -487,7 +486,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
 def main(argv=None):
     args = parse_args(argv)
     action = benchmark if args.benchmark else train_variant
-    if args.export:
+    if args.export is not None:
         action = export
     for variant in VARIANTS if args.variant == "all" else [args.variant or "gan-int-cls"]:
         action(args, variant)
@@ -495,7 +494,7 @@ def main(argv=None):
 
 def train_variant(args, variant):
     start = time.time()
-    # 1. A new run, or one that was stopped. Of "all", some may be there and others not.
+    # 1. A new run, or one that was stopped. With "all": go on with those that are there.
     folder = args.out or run_folder(args, variant)
     path = folder / "checkpoint.pt"
     resume = path.exists() if args.variant == "all" else args.resume
@@ -571,8 +570,7 @@ def choose_settings(args, variant, ds, device):
         what = f"{n} training images are too few" if n < 4 else "--batch-size is too small"
         raise UserError(f"{what}: expected 4 or more")
 
-    steps = 600 * (n // batch_size)             # [A] section 5: 600 epochs
-    steps = max(steps, RECIPES[recipe].get("fewest_steps", 0))
+    steps = max(600 * (n // batch_size), RECIPES[recipe].get("fewest_steps", 0))    # 600 epochs
     steps = min(steps, RECIPES[recipe]["steps"] or steps)
     ngf = args.ngf or (128 if device.type == "cuda" else 32)    # the authors' width, or a quarter
     return dict(
@@ -602,7 +600,9 @@ def resumed_run(args, path):
             raise UserError(f"{path} was trained on {settings['dataset']}, and {ds.name} has other "
                             "captions or another split: name the same data, or another --out")
         settings["dataset"] = ds.name           # the same data may have moved
-        settings["steps"] = max(args.steps or settings["steps"], checkpoint["step"])
+        settings["steps"] = args.steps or settings["steps"]
+        if settings["steps"] < checkpoint["step"]:
+            raise UserError(f"{path} has done {checkpoint['step']:,} steps: ask for as many")
         if args.precision not in (None, "auto"):
             settings["precision"] = args.precision
         run = Run(settings, args.device, checkpoint["encoder"])
