@@ -1891,9 +1891,10 @@ def test_what_d_is_shown_follows_the_recipe(monkeypatch, recipe):
     assert options["scaler"] is run.scaler and options["amp"] is run.amp
 
 
-def test_extra_loss_is_mode_seeking_and_eq_6():
+@pytest.mark.parametrize("recipe, style", [("quick", 0.02), ("toy", 0.1)])
+def test_extra_loss_is_mode_seeking_and_eq_6(recipe, style):
     """The second images of the first texts come from the same pass of G."""
-    run, _ = random_run()
+    run, _ = random_run(recipe)
     z = torch.randn(12, 100)
     texts = torch.randn(12, 1024)
     G = copy.deepcopy(run.G)
@@ -1906,12 +1907,12 @@ def test_extra_loss_is_mode_seeking_and_eq_6():
     got = run.extra_G_loss(z, texts, x_fake)
     torch.manual_seed(5)
     expected = 0.05 * gan_cls.mode_seeking_loss(z[:2], z2, x[:2], x[12:])
-    expected = expected + 0.02 * gan_cls.style_loss(z, run.Q(run.view(x[:12])))
+    seen = gan_cls.sharpen(gan_cls.augment(x[:12]), -1 if recipe == "toy" else 0)
+    expected = expected + style * gan_cls.style_loss(z, run.Q(seen))
     assert torch.allclose(got, expected)
     got.backward()
     assert all(p.grad.any() for net in (run.G, run.Q) for p in net.parameters())
     assert all(p.grad is None for p in run.D.parameters())
-
     paper, _ = random_run("paper")
     assert torch.equal(paper.generate(z, texts), paper.G(z, texts))
     assert paper.extra_G_loss(z, texts, x_fake) == 0.0

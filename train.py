@@ -231,7 +231,7 @@ def renew_statistics(G, batches, size=1024, at_once=256):
     very large activations. Draws no random numbers.
     """
     for module in G.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if hasattr(module, "reset_running_stats"):      # batch norm
             module.reset_running_stats()
             module.momentum = None              # the plain mean over all batches from here on
     some = batches.training_images[::math.ceil(len(batches) / size)]
@@ -351,16 +351,13 @@ class Run:
     # What all recipes but "paper" add to Algorithm 1.
 
     def seen_by_S(self, x):
-        """What Q and S see of images (N, 3, 64, 64): not sharpened. Without `augment`
-        G encodes z in detail too fine to see (Q's loss is 2, a new S's 98)."""
+        """What S sees of images (N, 3, 64, 64). Without `augment` it reads patterns of G alone."""
         return augment(x) if self.recipe["augment"] else x
 
     def view(self, x):
         """What D sees of images (N, 3, 64, 64), real or fake."""
         x = self.seen_by_S(x)
-        if self.recipe["sharpen"]:
-            x = sharpen(x, self.recipe["sharpen"])
-        return x
+        return sharpen(x, self.recipe["sharpen"]) if self.recipe["sharpen"] else x
 
     def generate(self, z, texts):
         """G(z, texts), for gan_cls_step, and in the same pass what the mode-seeking term needs: the
@@ -383,13 +380,15 @@ class Run:
             loss = loss + self.recipe["mode_seeking"] * pairs
         if self.recipe["style"]:
             # Eq. 6 rewards G too, through an S of its own (Q, as in InfoGAN, Chen et al. 2016):
-            # z is to be read off the image, whatever the sentence.
+            # z is to be read off the image, whatever the sentence. Where fine detail counts much,
+            # Q sees none: else G writes more of z in dots.
+            x = self.seen_by_S(x_fake)
+            if self.recipe["sharpen"]:
+                x = sharpen(x, -1)              # the 3x3 mean
             with self.amp:
-                z_hat = self.Q(self.seen_by_S(x_fake))
+                z_hat = self.Q(x)
             loss = loss + self.recipe["style"] * style_loss(z, z_hat)
         return loss
-
-    # Checkpoints.
 
     def parts(self):
         """What has a state_dict. "average" is the name of G_ema in files."""
@@ -665,7 +664,7 @@ def seconds(function):
     return timer.blocked_autorange(min_run_time=2).mean
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     count = data.int_between(1, 10_000_000)
