@@ -66,10 +66,8 @@ class Model:
             G = data.load_network(lambda: Generator(self.settings["ngf"]), checkpoint["average"])
             self.G = G.to(device).eval()
             self.S = None
-            state = checkpoint["S"]
-            if state:
-                S = data.load_network(lambda: StyleEncoder(len(state["net.0.0.weight"])), state)
-                self.S = S.to(device).eval()
+            if checkpoint["S"]:
+                self.S = data.load_network(StyleEncoder, checkpoint["S"]).to(device).eval()
             self.phi, _ = encoder.build(checkpoint["encoder"], device)
 
     def generate(self, z, h):
