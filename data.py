@@ -28,6 +28,7 @@ import operator
 import os
 import random
 import re
+import shutil
 import socket
 import sys
 import tarfile
@@ -623,7 +624,10 @@ def fetch(url, sha256, folder):
     with user_error(f"{url} cannot be fetched. Fetch it by hand into {folder} (curl -LOC - URL "
                     f"goes on where a line broke) and run this with --from {folder}; other "
                     "addresses: README, \"Data\""):
-        torch.hub.download_url_to_file(url, str(path), sha256)
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        finally:
+            socket.setdefaulttimeout(None)
     return path
 
 
@@ -674,7 +678,8 @@ def unpack_tar(path, folder):
             file = (folder / member.name).resolve()
             if member.isreg() and not member.issparse() and file.is_relative_to(folder):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(archive.extractfile(member).read())
+                with open(file, "wb") as f:
+                    shutil.copyfileobj(archive.extractfile(member), f)
 
 
 def read_texts(folder):
