@@ -2,8 +2,7 @@
 
     toy      200 species of cartoon birds, drawn here in seconds. The default.
     cub      CUB-200-2011: 11,788 photographs of birds, 10 captions each.
-    cub-box  the same, each image a square around the bird. Departs from the paper: the birds are
-             about twice as large.
+    cub-box  the same, each image a square around the bird: departs from the paper.
     flowers  Oxford-102: 8,189 photographs of flowers, 10 captions each.
     FOLDER   your own images with captions, a folder, .zip or .tar.gz. See `build_folder`.
 
@@ -28,7 +27,6 @@ import operator
 import os
 import random
 import re
-import shutil
 import socket
 import sys
 import tarfile
@@ -38,7 +36,7 @@ import unicodedata
 import zipfile
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +62,7 @@ class Dataset:
     rows: np.ndarray                # (N,) each image's place in the source's own order
     boxes: np.ndarray = None        # (N, 4) x, y, width, height in pixels of the 76x76 image
     keypoints: np.ndarray = None    # (N, 6, 2) x, y of KEYPOINTS, NaN where one is not visible
-    skipped: list = field(default_factory=list)     # what was left out and why, a line each;
-                                                    # what concerns the whole stands last
+    skipped: list = ()              # what was left out and why, a line each
 
     def training_images(self):
         """Indices of the images of the training classes."""
@@ -76,23 +73,20 @@ class Dataset:
         return np.flatnonzero(self.unseen_classes[self.labels])
 
     def digest(self):
-        """16 hex digits of what a text encoder and a run depend on: captions, classes, split.
-        They stay the same when the files move."""
+        """16 hex digits of what a text encoder and a run depend on: captions, classes, split."""
         content = json.dumps([self.captions, self.labels.tolist(), self.unseen_classes.tolist()])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 # ---- Views of the images ---------------------------------------------------------------------
 def image_tensor(ds, device="cpu"):
-    """All images of a data set as one uint8 tensor (N, 76, 76, 3). On a CPU it shares their memory:
-    never write to it."""
+    """All images (N, 76, 76, 3) uint8. On a CPU it is the data set's memory: never write to it."""
     return torch.from_numpy(ds.images).to(device)
 
 
 def crops(images, index, dy, dx, flip):
-    """Windows of many images at once. images (N, 76, 76, 3) uint8; index, dy, dx (B,) int and
-    flip (B,) bool on the same device -> (B, 3, 64, 64) float32 in [-1, 1], channels last in
-    memory."""
+    """Windows of many images at once. images (N, 76, 76, 3) uint8; index, dy, dx (B,) int and flip
+    (B,) bool, all on one device -> (B, 3, 64, 64) float32 in [-1, 1], in memory channels last."""
     windows = images.unfold(1, CROP, 1).unfold(2, CROP, 1)      # (N, 13, 13, 3, 64, 64), a view
     x = windows[index, dy, dx]                                  # (B, 3, 64, 64)
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -119,13 +113,9 @@ def to_pixels(x):
 
 
 # ---- Batches: x, h, h_wrong ------------------------------------------------------------------
-def caption_starts(ds):
-    """Where each image's captions begin when all captions are laid end to end: (N + 1,) long."""
-    return torch.tensor([0, *map(len, ds.captions)]).cumsum(0)
-
-
 def random_captions(starts, images, count=1):
-    """Draw captions of images (B,): their rows (count, B) in the list of all captions."""
+    """Draw captions of images (B,): their rows (count, B) in the list of all captions, in which
+    those of image i begin at starts[i]."""
     first = starts[images]
     number = starts[images + 1] - first
     draw = torch.rand(count, len(images), device=images.device) * number       # below `number`
@@ -133,10 +123,8 @@ def random_captions(starts, images, count=1):
 
 
 def draw_other_class(own, classes):
-    """For classes `own` (B,), numbers from 0 to classes - 1, draw another class each: (B,).
-
-    Each other one is equally likely. With 5 classes and own = 3 a step of 1, 2, 3 or 4 is drawn,
-    and 3 + step, counted around the circle (modulo 5), is 4, 0, 1 or 2."""
+    """For classes `own` (B,), numbers from 0 to classes - 1, draw another class each: (B,). With 5
+    classes and own = 3 a step of 1, 2, 3 or 4 from there leads (modulo 5) to 4, 0, 1 or 2."""
     step = 1 + random_below(classes - 1, own)
     return (own + step) % classes
 
@@ -149,7 +137,6 @@ def random_below(limit, like):
 class Batches:
     """All that a step reads, on the device: the images as uint8 and the embedding of every
     caption. A batch is a few gathers, so that no loader process is needed.
-
     caption_table: (captions of all images, 1024) half. captions=(low, high): h is the mean of k
     captions of the image, k drawn from low to high. Raises UserError if there is only one
     training class: a wrong text comes from another class."""
@@ -165,7 +152,9 @@ class Batches:
         self.images = image_tensor(ds, device)
         self.captions = captions
         self.caption_table = caption_table.to(device)
-        self.caption_starts = caption_starts(ds).to(device)
+        # Where each image's captions begin when all captions are laid end to end: (N + 1,).
+        counts = torch.tensor([0, *map(len, ds.captions)], device=device)
+        self.caption_starts = counts.cumsum(0)
         self.training_images = index[order]                         # (n,) class by class
         self.class_of = class_of                                    # (n,) 0 .. classes - 1
         self.class_size = class_size                                # (classes,)
@@ -179,18 +168,13 @@ class Batches:
         low, high = self.captions
         rows = random_captions(self.caption_starts, images, high)       # (high, B)
         h = self.caption_table[rows].float()                            # (high, B, 1024)
-        if low == high:
-            return h.mean(0)
         k = torch.randint(low, high + 1, (len(images),), device=images.device)
         taken = torch.arange(high, device=images.device)[:, None] < k   # (high, B): the first k
         return (h * taken[:, :, None]).sum(0) / k[:, None]
 
     def batch(self, positions):
-        """What [A] Algorithm 1 draws for a step: x, h and h_wrong.
-
-        positions (B,) in training_images -> images, texts that describe them, and texts of a
-        random image of another class.
-        """
+        """What [A] Algorithm 1 draws for a step. positions (B,) in training_images -> x, images; h,
+        texts that describe them; h_wrong, texts of a random image of another class."""
         other = draw_other_class(self.class_of[positions], len(self.class_size))
         wrong = self.class_start[other] + random_below(self.class_size[other], positions)
         x = random_crops(self.images, self.training_images[positions])
@@ -201,8 +185,7 @@ class Batches:
 
 def example_images(ds, n=6):
     """Indices of n images, one a class, always the same ones: of unseen classes, and where these
-    are fewer than n, of trained classes behind them. Beside these one sees whether training failed
-    or only the unseen is hard."""
+    are fewer than n, of trained classes behind them, which show whether training failed."""
     rng = np.random.default_rng(0)
     unseen = rng.permutation(np.flatnonzero(ds.unseen_classes))
     classes = [*unseen, *np.flatnonzero(~ds.unseen_classes)][:n]
@@ -213,8 +196,7 @@ def example_images(ds, n=6):
 # What a builder gives of each image: (76, 76, 3) uint8, a list of captions, the name of its class,
 # its row in a file of given features (images that are left out count), and where known its box
 # (4,) and keypoints (6, 2), in pixels of the 76x76 image.
-Example = namedtuple("Example", "pixels captions label row box keypoints",
-                     defaults=(np.nan, np.nan))
+Example = namedtuple("Example", "pixels captions label row box keypoints", defaults=2 * [np.nan])
 
 COLOURED = ["body", "wing", "crown", "belly"]       # the parts that have one of these colours
 COLOURS = {     # what a caption can say of a part of the bird
@@ -243,27 +225,17 @@ PARTS = [       # four parts, each with its forms
 
 def toy_species(rng, count):
     """`count` species, a dict of colours and bill each. Any two differ in at least two of the
-    four colours of COLOURED."""
-    species = [[colour] * 4 for colour in COLOURS]      # one of each single colour
+    four colours of COLOURED. Those of one colour come first: they are trained on."""
+    species = [[colour] * 4 for colour in COLOURS]
     while len(species) < count:
-        new = toy_colours(rng, rng.choice(list(COLOURS)))
+        body = rng.choice(list(COLOURS))
+        new = [body]
+        for _ in COLOURED[1:]:
+            new.append(body if rng.random() < 0.5 else rng.choice(list(COLOURS)))
         if all(sum(map(operator.ne, new, old)) >= 2 for old in species):
             species.append(new)
-    # Those of one colour come first: they are trained on.
-    return [dict(zip(COLOURED, colours), **toy_bill(rng)) for colours in species]
-
-
-def toy_colours(rng, body):
-    """The colours of COLOURED: a part has its body's with probability 1/2, else any of the 8,
-    which makes 1/2 + 1/16 for the body's in all."""
-    colours = [body]
-    for _ in COLOURED[1:]:
-        colours.append(body if rng.random() < 0.5 else rng.choice(list(COLOURS)))
-    return colours
-
-
-def toy_bill(rng):
-    return dict(bill=rng.choice(list(BILLS)), billcolour=rng.choice(BILL_COLOURS))
+    return [dict(zip(COLOURED, colours), bill=rng.choice(list(BILLS)),
+                 billcolour=rng.choice(BILL_COLOURS)) for colours in species]
 
 
 def toy_captions(rng, bird):
@@ -351,8 +323,7 @@ def toy_draw(rng, bird):
 
 
 def toy_examples(number, bird):
-    """The 40 images of one species. It has random numbers of its own, so that several processes
-    can share the work."""
+    """The 40 images of one species, with random numbers of its own: processes share the work."""
     rng = random.Random(number)
     label = f"{number:03d}." + "-".join(bird[part] for part in COLOURED)
     examples = []
@@ -360,34 +331,6 @@ def toy_examples(number, bird):
         pixels, box, keypoints = toy_draw(rng, bird)
         examples.append(Example(pixels, toy_captions(rng, bird), label, row, box, keypoints))
     return examples
-
-
-def toy_bird_for(rng, caption):
-    """A bird of which a caption of `toy_captions` is true: what is not named is drawn at random,
-    as `toy_species` draws it."""
-    caption = caption.replace("an orange", "a orange")
-    words = dict.fromkeys(COLOURED, COLOURS) | dict(bill=BILLS, billcolour=BILL_COLOURS)
-    patterns = {part: f"(?P<{part}>{'|'.join(words[part])})" for part in words}
-    named = {}
-    for form in BEGINNINGS + ONE_COLOUR_BEGINNINGS + sum(PARTS, []):
-        found = re.search(form.format(**patterns), caption)
-        if found:
-            named.update(found.groupdict())
-            if form in ONE_COLOUR_BEGINNINGS:
-                named.update(dict.fromkeys(COLOURED, named["body"]))
-
-    # Bayes' rule: a part has its body's colour with probability 9/16, each other one with 1/16.
-    colours = [named[part] for part in COLOURED[1:] if part in named]
-    weights = [9 ** colours.count(colour) for colour in COLOURS]
-    body = rng.choices(list(COLOURS), weights)[0]
-    colours = toy_colours(rng, named.get("body", body))
-    return dict(zip(COLOURED, colours), **toy_bill(rng)) | named
-
-
-def toy_images_for(captions, seed=0):
-    """What one can draw who knows the sentence alone: an image for each -> (N, 76, 76, 3) uint8."""
-    rng = random.Random(seed)
-    return np.stack([toy_draw(rng, toy_bird_for(rng, caption))[0] for caption in captions])
 
 
 def build_toy():
@@ -438,16 +381,13 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
 
 
 def cub_tables(folder):
-    """What CUB's tables say, in the order of images.txt: {name: (box, keypoints)}, x, y, width,
-    height and (6, 2), in pixels of the original image, NaN for a keypoint that is not visible.
-    Nothing where there are no tables."""
+    """What CUB's tables say, if they are there, in the order of images.txt: {name: (box (4,),
+    keypoints (6, 2))}, in pixels of the original image, NaN where a keypoint is not visible."""
     paths = names_below(folder, r"(^|/)(images|bounding_boxes|part_locs)\.txt$")
     if not paths:
         return {}
-    if len(paths) < 3:
-        raise UserError(f"found only {', '.join(paths)}: images.txt, bounding_boxes.txt and "
-                        "part_locs.txt belong together")
-    with user_error("a table of CUB is not as it should be"):
+    with user_error("images.txt, bounding_boxes.txt and part_locs.txt of CUB belong together, and "
+                    "one of them is not as it should be"):
         lines_of = {}
         for path in paths:
             lines = (folder / path).read_text().splitlines()
@@ -466,16 +406,13 @@ SPLIT_FOLDER = r"(train(ing)?|(?P<test>val|valid|validation|dev|eval|test|testin
 
 
 def build_folder(folder):
-    """Your own images. Captions come as
-        NAME.txt beside NAME.jpg, one caption a line; or text/NAME.txt and images/NAME.jpg,
-        metadata.jsonl or metadata.csv with file_name and text or caption, as Hugging Face's
-        imagefolder.
-    Sub-folders are classes; without them each image is a class of its own. Where train/ and test/
-    (or val/, train_images/, test_images/) stand at the top and share no class, the latter is what
-    is never trained on; otherwise it is a quarter of the classes, as in CUB."""
+    """Your own images. Captions come as NAME.txt beside NAME.jpg, one caption a line; as
+    text/NAME.txt and images/NAME.jpg; or in metadata.jsonl or metadata.csv, with file_name and text
+    or caption (Hugging Face's imagefolder). Sub-folders are classes; without them each image is
+    one. Where train/ and test/ (or val/, train_images/, test_images/) stand at the top and share no
+    class, the latter is never trained on; otherwise a quarter of the classes is not, as in CUB."""
     def place(path):        # images/kind/1.jpg and text/kind/1.txt both lie in ["kind"]
-        folders = Path(path).parent.parts
-        return [name for name in folders if name.lower() not in IMAGES_OR_TEXTS]
+        return [name for name in Path(path).parent.parts if name.lower() not in IMAGES_OR_TEXTS]
 
     def key(path):
         return plain("/".join(place(path))), plain_stem(path)
@@ -552,46 +489,40 @@ def csv_entries(text):
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=separator)
     columns = [column.strip().lower() for column in reader.fieldnames]
     reader.fieldnames = columns
-    first = columns[0]
     last = columns[-1]
     for row in reader:
         too_much = row.pop(None, [])
         if too_much and last not in ("text", "caption"):
-            raise ValueError(f"the row of {row[first]!r} has more columns than the first row: put "
-                             "a text with commas in quotes")
+            raise ValueError(f"the row of {row[columns[0]]!r} has more columns than the first row: "
+                             "put a text with commas in quotes")
         row[last] = separator.join([row[last], *too_much])
         yield row
 
 
 # ---- The table of data sets ------------------------------------------------------------------
 # A new data set is a row here, and where it is laid out otherwise a builder. It gets the folders of
-# the images and of the captions (archives come unpacked), and returns Examples, the names of the
-# unseen classes, and a line for each thing left out. It reads nothing else: a cache is built again
-# only where they, or this code, change. Before G train its text encoder, for photographs longer
-# than by default:  python encoder.py --dataset NAME --from DIR --steps 6000
-Entry = namedtuple("Entry", "build sources", defaults=[()])
-# names: what the images or the captions may be called, packed or unpacked. url: where they come
-# from if none is there, sha256: of that file.
-Source = namedtuple("Source", "names url sha256", defaults=[None])
-
+# the images and of the captions (archives come unpacked), reads nothing else, and returns Examples,
+# the names of the unseen classes, and a line for each thing left out. Before G train its text
+# encoder, for photographs longer than by default:  encoder.py --dataset NAME --steps 6000
+# Its files, twice: what they may be called, packed or unpacked; an address of one; its SHA-256.
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 CUB = [
-    Source("CUB_200_2011.tgz CUB_200_2011 images",
-           "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-           "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
-    Source("cvpr2016_cub.tar.gz cvpr2016_cub caption-data-cub-v1.0.0.zip captions text_c10 text "
-           "text.zip birds.zip", MIRROR + "caption-data-cub-v1.0.0.zip")]
+    ("CUB_200_2011.tgz CUB_200_2011 images",
+     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+     "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
+    ("cvpr2016_cub.tar.gz cvpr2016_cub caption-data-cub-v1.0.0.zip captions text_c10 text text.zip "
+     "birds.zip", MIRROR + "caption-data-cub-v1.0.0.zip", None)]
 FLOWERS = [
-    Source("102flowers.tgz jpg 102flowers images",
-           "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-           "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
-    Source("cvpr2016_flowers.tar.gz cvpr2016_flowers caption-data-flowers-v1.0.0.zip captions "
-           "text_c10 text text.zip flowers.zip", MIRROR + "caption-data-flowers-v1.0.0.zip")]
+    ("102flowers.tgz jpg 102flowers images",
+     "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
+     "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"),
+    ("cvpr2016_flowers.tar.gz cvpr2016_flowers caption-data-flowers-v1.0.0.zip captions text_c10 "
+     "text text.zip flowers.zip", MIRROR + "caption-data-flowers-v1.0.0.zip", None)]
 DATASETS = {
-    "toy": Entry(build_toy),
-    "cub": Entry(partial(build_photographs, unseen=CUB_UNSEEN), CUB),
-    "cub-box": Entry(partial(build_photographs, unseen=CUB_UNSEEN, around_box=True), CUB),
-    "flowers": Entry(partial(build_photographs, unseen=FLOWERS_UNSEEN), FLOWERS)}
+    "toy": (build_toy, []),
+    "cub": (partial(build_photographs, unseen=CUB_UNSEEN), CUB),
+    "cub-box": (partial(build_photographs, unseen=CUB_UNSEEN, around_box=True), CUB),
+    "flowers": (partial(build_photographs, unseen=FLOWERS_UNSEEN), FLOWERS)}
 
 
 def find_files(name, source):
@@ -607,7 +538,8 @@ def find_files(name, source):
                         "folder or .zip file of images with captions")
     folder = Path(source or CACHE / "downloads").resolve()
     paths = []
-    for names, url, sha256 in DATASETS[name].sources:
+    _, sources = DATASETS[name]
+    for names, url, sha256 in sources:
         there = [folder / file for file in names.split() if (folder / file).exists()]
         if source and not there:
             raise UserError(f"{folder} has none of {', '.join(names.split())}, which {name} needs")
@@ -634,52 +566,39 @@ def fetch(url, sha256, folder):
 # ---- Reading what comes from outside: folders, archives, images, captions --------------------
 MAX_TOTAL = 8 << 30             # bytes of one archive, unpacked
 MAX_CAPTIONS = 100              # of one image; more are left out
-NO_CAPTION = "no caption"
 # Not all of these can be read. They count as images, so that they are listed as skipped.
 IMAGE_NAMES = r"\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|heif|jxl)$"
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program that would be run
 
 
 def names_below(folder, pattern=""):
-    """Names of the files below a folder that have the pattern, in order, such as kind/1.jpg. Hidden
-    files are no data. Links are followed."""
-    ours = ("cache/", "runs/") if folder == Path.cwd() else ()      # they change meanwhile
-    names = []
-    for path in map(Path, glob.glob("**", root_dir=folder, recursive=True)):
-        name = path.as_posix()
-        if re.search(pattern, name, re.I) and not name.startswith(ours):
-            if not (folder / path).is_dir():
-                names.append(name)
-    return sorted(names, key=Path)
+    """Sorted names, such as kind/1.jpg, of the files below a folder. Hidden ones are no data."""
+    paths = map(Path, glob.glob("**", root_dir=folder, recursive=True))
+    names = [path.as_posix() for path in paths if (folder / path).is_file()]
+    return sorted(filter(re.compile(pattern, re.I).search, names), key=Path)
 
 
 def unpack(path, folder):
-    """Unpack a .zip or .tar.gz into a folder, and return it. Raises UserError where it is not
-    whole, which its checksums tell."""
+    """Unpack a .zip or .tar.gz, if its checksums say that it is whole -> folder, or UserError."""
+    def harmless(member):
+        inside = (folder / member.name).resolve().is_relative_to(folder)
+        return inside and member.isreg() and not member.issparse()      # no links
+
     with user_error(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one"):
-        if not zipfile.is_zipfile(path):
-            unpack_tar(path, folder)
-            return folder
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MAX_TOTAL:
+        if zipfile.is_zipfile(path):
+            archive = zipfile.ZipFile(path)
+            size = sum(member.file_size for member in archive.infolist())
+            members = archive.namelist()            # extractall lets none lead outside
+        else:
+            with gzip.open(path) as file:           # to its end, where the checksum is: one that
+                size = file.seek(MAX_TOTAL + 1)     # is cut may look like one of fewer files
+            archive = tarfile.open(path, "r:gz")
+            members = filter(harmless, archive)
+        with archive:
+            if size > MAX_TOTAL:
                 raise ValueError("too large")
-            archive.extractall(folder)      # compares the checksums; no name leads outside
+            archive.extractall(folder, members)
     return folder
-
-
-def unpack_tar(path, folder):
-    """Unpack its regular files (no links). It is read to its end first, where the checksum is: one
-    that is broken off may look like one of fewer files."""
-    with gzip.open(path) as file:
-        if file.seek(MAX_TOTAL + 1) > MAX_TOTAL:
-            raise ValueError("too large")
-    with tarfile.open(path, "r:gz") as archive:
-        for member in archive:
-            file = (folder / member.name).resolve()
-            if member.isreg() and not member.issparse() and file.is_relative_to(folder):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with open(file, "wb") as f:
-                    shutil.copyfileobj(archive.extractfile(member), f)
 
 
 def read_texts(folder):
@@ -696,8 +615,7 @@ def read_pairs(folder, images, texts, key, box_of={}):
     """Read the images that have captions: those of the texts whose paths have the same key.
 
     images: paths below a folder. texts: {path: list of captions}. box_of: {key: box around which
-    an image is cut}. -> {key: (pixels, window, captions)}, and a line for each path left out.
-    """
+    an image is cut}. -> {key: (pixels, window, captions)}, and a line for each path left out."""
     count = Counter(map(key, images))
     captions_of = {}
     for text, captions in texts.items():
@@ -706,9 +624,9 @@ def read_pairs(folder, images, texts, key, box_of={}):
     def read(image):
         captions = captions_of.get(key(image))
         if not captions:
-            return NO_CAPTION
+            return "no caption"
         if count[key(image)] > 1:
-            return f"several images have this name, so {NO_CAPTION}"
+            return "several images have this name, so no caption"
         try:
             return *read_image((folder / image).read_bytes(), box_of.get(key(image))), captions
         except (ValueError, OSError) as error:
@@ -737,42 +655,32 @@ def plain_stem(path):
 
 def read_image(data, box=None):
     """An image file -> ((76, 76, 3) uint8, the window (left, top, right, bottom) that it shows).
-
     data: the file's bytes. box (x, y, width, height): show only a square around it. Like the
     authors, scales to 76x76 without keeping the proportions. Raises ValueError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         window = (0, 0, *image.size) if box is None else square_around(box, image.size)
-        image = to_rgb(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, window)
-        image = ImageOps.exif_transpose(image)          # phones store upright images lying down
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits a colour (mode {image.mode}): save it with 8")
+        if image.has_transparency_data:             # what is transparent is laid on white
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, window)
+        image = ImageOps.exif_transpose(image)      # phones store upright images lying down
         return np.asarray(image), window
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that this Pillow cannot read") from None
-    except Exception as error:          # Pillow's decoders raise all sorts of things
+    except Exception as error:                      # Pillow's decoders raise all sorts of things
         raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
 
 
 def square_around(box, size):
     """The window (left, top, right, bottom) around a box (x, y, width, height) in an image of
     the given size: 1.4 times the box's longer side wide and high, moved and cut to lie inside."""
-    x, y, width, height = box
-    side = 1.4 * max(width, height)
-    window_width = min(side, size[0])
-    window_height = min(side, size[1])
-    left = min(max(0, x + width / 2 - window_width / 2), size[0] - window_width)
-    top = min(max(0, y + height / 2 - window_height / 2), size[1] - window_height)
-    return left, top, left + window_width, top + window_height
-
-
-def to_rgb(image):
-    """Any mode of Pillow's with 8 bits to RGB. What is transparent is laid on white."""
-    if image.mode[0] in "IF":
-        raise ValueError(f"more than 8 bits a colour (mode {image.mode}): save it with 8")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    corner, sides = np.split(np.array(box), 2)
+    window = np.minimum(1.4 * sides.max(), size)                # width, height
+    low = np.clip(corner + sides / 2 - window / 2, 0, size - window)
+    return *low, *(low + window)
 
 
 def decode_text(data):
@@ -797,10 +705,8 @@ def load(name, source=None):
 
     name: toy, cub, cub-box, flowers, or the path of a folder, .zip or .tar.gz. source: a folder
     with the files of cub or flowers; later calls find them without it. Raises UserError.
-
     A cache is named after all that it was made from, code and files, so that a change there leads
-    to a new one. Without `source` cub and flowers are not looked at again: they may be removed.
-    """
+    to a new one. Without `source` cub and flowers are not looked at again: they may be removed."""
     if name not in DATASETS:
         name = str(Path(name).resolve())        # a run on it may go on from another place
     begin = f"{short_name(name)}-{building_code()}"
@@ -812,8 +718,7 @@ def load(name, source=None):
             print(f"preparing {name}: this is done once and kept in {path}")
             prepare(path, name, paths)
     with user_error(f"the cache {path} is damaged: remove it, it is then built again"):
-        with np.load(path) as arrays:
-            fields = dict(arrays)
+        fields = dict(np.load(path))
         ds = Dataset(name=name, **json.loads(fields.pop("texts").item()), **fields)
     if ds.skipped:
         listed = CACHE / f"{short_name(name)}-skipped.txt"
@@ -838,8 +743,7 @@ def digest(value):
 
 
 def building_code():
-    """A digest of the code that builds a cache: whoever edits a builder, a table of words, or how
-    images are read gets a new cache."""
+    """A digest of the code that builds a cache: whoever edits a builder gets a new one."""
     code = Path(__file__).read_text(encoding="utf-8")
     return digest((IMAGE_SIZE, code.split("\n# ---- The toy birds")[1].split("\n# ---- Grids")[0]))
 
@@ -849,9 +753,8 @@ def file_stamps(paths):
     stamps = []
     for path in paths:
         for name in names_below(path) or [""]:          # a file has no names below it
-            file = path / name
-            if file.exists():
-                stamps.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+            status = (path / name).stat()
+            stamps.append((str(path / name), status.st_size, status.st_mtime_ns))
     return stamps
 
 
@@ -861,8 +764,8 @@ def prepare(path, name, paths):
     with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpacked-") as work:
         work = Path(work).resolve()
         folders = [path if path.is_dir() else unpack(path, work / path.name) for path in paths]
-        entry = DATASETS.get(name, Entry(build_folder))
-        examples, unseen, skipped = entry.build(*folders)
+        build, _ = DATASETS.get(name, (build_folder, []))
+        examples, unseen, skipped = build(*folders)
         skipped = list(map(printable, skipped))
         if not examples:
             found = "; ".join(map(kinds_of_files, paths, folders))
@@ -895,14 +798,14 @@ def kinds_of_files(path, folder):
 
 # ---- Grids and plots -------------------------------------------------------------------------
 def printable(text):
-    """A text without line ends and other control characters: a blank for each."""
+    """A text with a blank for each line end and other control character."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def image_grid(rows, texts=None, titles=None, scale=1):
+def image_grid(rows, texts=None, titles=None):
     """Rows of equally many images, (H, W, 3) uint8 each, as one Pillow image. texts: one beside
     each row. titles: one above each column."""
-    height, width = [int(scale * side) for side in rows[0][0].shape[:2]]
+    height, width, _ = rows[0][0].shape
     left = 230 if texts else 0
     top = 22 if titles else 0
     size = (left + (width + 2) * len(rows[0]), top + (height + 2) * len(rows))
@@ -912,8 +815,7 @@ def image_grid(rows, texts=None, titles=None, scale=1):
     for i, row in enumerate(rows):
         y = top + i * (height + 2)
         for j, pixels in enumerate(row):
-            image = Image.fromarray(pixels).resize((width, height), Image.NEAREST)
-            page.paste(image, (left + j * (width + 2), y))
+            page.paste(Image.fromarray(pixels), (left + j * (width + 2), y))
         if texts:
             text = textwrap.fill(printable(texts[i][:500]), 32, max_lines=height // 17,
                                  placeholder=" ...")
@@ -923,26 +825,23 @@ def image_grid(rows, texts=None, titles=None, scale=1):
     return page
 
 
-def plot(panels, path, size=360):
+def plot(panels, path, size=400):
     """Write line plots side by side. panels: a list of {name: (xs, ys)}. Axes begin at 0."""
-    page = Image.new("RGB", (size * len(panels), size), "white")
-    pen = ImageDraw.Draw(page)
-    for number, panel in enumerate(panels):
+    pages = []
+    for panel in panels:
+        page = Image.new("RGB", (size, size), "white")
+        pen = ImageDraw.Draw(page)
         lines = [np.reshape(list(zip(*x_y)), (-1, 2)) for x_y in panel.values()]
         ends = np.concatenate([[(1e-9, 1e-9)], *lines]).max(0)      # of the axes
-        left = number * size + 45
-        top = 20 + 14 * len(lines)
-        width = size - 60
-        bottom = size - 30
-        pen.rectangle((left, top, left + width, bottom), outline="grey")
-        pen.text((left - 6, top), f"{ends[1]:.1f}", "black", anchor="rm")
-        pen.text((left + width, bottom + 12), f"{ends[0]:g}", "black", anchor="rm")
+        pen.text((10, 8), f"x to {ends[0]:g}, y to {ends[1]:.1f}", "black")
+        pen.rectangle((10, 110, size - 10, size - 10), outline="grey")
         for i, name in enumerate(panel):
             colour = ("black", "red", "green", "orange", "blue")[i % 5]
-            pen.text((left, 10 + 14 * i), name, colour, anchor="lm")
-            points = (left, bottom) + lines[i] / ends * (width, top - bottom)
+            pen.text((10, 24 + 14 * i), name, colour)
+            points = (10, size - 10) + lines[i] / ends * (size - 20, 120 - size)
             pen.line(points.ravel().tolist(), colour, 2)
-    save_image(page, path)
+        pages.append(np.asarray(page))
+    save_image(image_grid([pages]), path)
 
 
 def save_image(image, path):
@@ -954,14 +853,17 @@ def save_image(image, path):
 
 
 # ---- Shared by the scripts: errors, writing, checkpoints, device and precision ---------------
+SCALE = " scale"        # of a weight "net.0.weight" in 8 bits: "net.0.weight scale"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 class UserError(Exception):
     """What the user can mend. `run_script` prints it in one line and exits with code 2."""
 
 
 @contextlib.contextmanager
 def user_error(message, but=()):
-    """Inside it any failure is a UserError with this message: what comes from outside can fail in
-    any way. but: errors that pass."""
+    """Any failure inside is a UserError with this message. but: types of errors that pass."""
     try:
         yield
     except (UserError, *but):
@@ -982,11 +884,8 @@ def run_script(main):
     except BrokenPipeError:         # `| head` has read enough: what is still to come goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
-    except (UserError, OSError) as error:       # OSError: a full disk, a folder without rights
+    except (UserError, OSError, torch.OutOfMemoryError) as error:   # a full disk, a full GPU
         line = f"error: {error}"
-    except torch.OutOfMemoryError:
-        line = ("error: the GPU's memory is full: choose a smaller --batch-size or --ngf, or end "
-                "what else runs on it")
     except KeyboardInterrupt:
         line = "stopped"
         code = 130
@@ -996,28 +895,26 @@ def run_script(main):
 
 def int_between(low, high):
     """For argparse: a whole number from low to high."""
-    def parse(text):
-        if not re.fullmatch(r"\d{1,20}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected a number from {low:,} to {high:,}, got {text[:40]!r}")
+    def number(text):
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:,} to {high:,}")
         return int(text)
-    return parse
+    return number
 
 
 def write_atomically(path, write):
     """`write(file)` into `path`, whole or not at all: first beside it, then renamed over it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())        # on the disk before the name points to it
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -1029,11 +926,8 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path, kind):
-    """Read a file that `save_checkpoint` wrote. kind: "gan-cls" or "encoder". Nothing in it is
-    run as code. Raises UserError."""
-    if not Path(path).exists():
-        raise UserError(f"there is no file {path}")
-    with user_error(f"{path} is not a checkpoint, or only a part of one"):
+    """What `save_checkpoint` wrote, of this kind. Runs none of its code. Raises UserError."""
+    with user_error(f"{path} is not there, or no checkpoint, or only a part of one"):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UserError(f"{path} does not hold a {kind} checkpoint")
@@ -1049,25 +943,20 @@ def load_network(make, state):
     return net.float()
 
 
-SCALE = " scale"        # of a weight "net.0.weight" in 8 bits: "net.0.weight scale"
-
-
 def to_8_bits(state):
     """A dict for a file: the weights of its state_dicts as whole numbers from -127 to 127, with a
     scale for each row. The rest, biases and batch norm and settings, stays as it is."""
     small = {}
     for key, value in state.items():
+        small[key] = value
         if isinstance(value, dict):
             small[key] = to_8_bits(value)
-        elif not torch.is_tensor(value) or key.endswith(SCALE):     # or it is in 8 bits already
-            small[key] = value
-        elif value.is_floating_point() and value.dim() > 1:
+        weight = torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
+        if weight and not key.endswith(SCALE):      # with a scale it is in 8 bits already
             scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True).float() / 127
             scale = scale.clamp(min=1e-12)
             small[key] = (value / scale).round().to(torch.int8)
             small[key + SCALE] = scale
-        else:
-            small[key] = value
     return small
 
 
@@ -1083,20 +972,15 @@ def from_8_bits(state):
 
 
 def checkpoint_errors(path):
-    """Inside it any failure is a UserError: a checkpoint of another sort can fail anywhere. But
-    a full disk or a full GPU is not the checkpoint's fault."""
+    """Any failure inside is a UserError; but a full disk or GPU is not the checkpoint's fault."""
     return user_error(f"{path} does not fit this version's networks: it is damaged, or of other "
                       "code; train it again, into another folder",
                       but=(OSError, torch.OutOfMemoryError))
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def pick_device(name="auto"):
-    """"auto", "cpu", "cuda" or "cuda:1" -> torch device. auto: CUDA where there is one. Raises
-    UserError for any other. On CUDA, "fp32" means TF32 from here on: products and convolutions
-    take numbers with 10 bits behind the point, which is several times as fast."""
+    """"auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1" -> torch device. On CUDA "fp32"
+    means TF32 from here on: fractions of 10 bits in products, several times as fast."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -1114,13 +998,10 @@ def pick_device(name="auto"):
 def pick_precision(device, name="auto"):
     """"auto", "bf16", "fp16" or "fp32" -> one of the last three: what products and convolutions
     are computed in. Losses, weights, batch norm's statistics and Adam's state stay in fp32.
-
-    auto: on CUDA bf16 from compute capability 8 on, else fp16. On a CPU bf16 where it has
-    instructions for that, which Linux tells (it is then up to twice as fast), else fp32 (without
-    them bf16 is several times as slow)."""
+    auto: on CUDA bf16 from compute capability 8 on, else fp16; on a CPU bf16 where Linux names an
+    instruction for it (then up to twice as fast as fp32, else several times slower)."""
     if name != "auto":
         return name
-    device = torch.device(device)
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     cpu = Path("/proc/cpuinfo")
@@ -1131,11 +1012,6 @@ def autocast(device, precision):
     """A context in which products and convolutions are computed in bf16 or fp16."""
     device = torch.device(device).type
     return torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
-
-
-def grad_scaler(device, precision):
-    """fp16 has so small a range that gradients must be scaled; for the others it does nothing."""
-    return torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
 
 
 def not_by_position(text):
@@ -1158,17 +1034,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     ds = load(args.dataset, args.source)
     captions = list(itertools.chain(*ds.captions))
-    print(f"{args.dataset}: {len(ds.images):,} images, {len(captions):,} captions")
-    print(f"  to train on: {len(ds.training_images()):,} images, classes: "
-          f"{sum(~ds.unseen_classes)}\n  unseen, never trained on: {len(ds.unseen_images()):,} "
-          f"images, classes: {sum(ds.unseen_classes)}")
     long = sum(len(caption) > 201 for caption in captions)
-    print(f"  captions longer than the 201 letters that the text encoder reads: {long:,}")
+    print(f"{args.dataset}: {len(ds.images):,} images, {len(captions):,} captions, {long:,} of "
+          "them longer than the 201 letters that the text encoder reads")
+    for use, index in (("to train on", ds.training_images()), ("unseen", ds.unseen_images())):
+        print(f"  {use}: {len(index):,} images, classes: {len(set(ds.labels[index]))}")
+    sheet = CACHE / f"{short_name(args.dataset)}.png"
     shown = example_images(ds, 8)
-    path = CACHE / f"{short_name(args.dataset)}.png"
     texts = [ds.captions[image][0] for image in shown]
-    save_image(image_grid(ds.images[shown][:, None], texts), path)
-    print(f"  contact sheet: {path}")
+    save_image(image_grid(ds.images[shown][:, None], texts), sheet)
+    print(f"  contact sheet: {sheet}")
 
 
 if __name__ == "__main__":

@@ -346,7 +346,8 @@ class Run:
         self.opt_G = adam(with_G, device)
         self.opt_D = adam(self.D, device)
         self.amp = data.autocast(device, settings["precision"])
-        self.scaler = data.grad_scaler(device, settings["precision"])
+        # fp16 has so small a range that gradients must be scaled; for the others it does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
 
     # What all recipes but "paper" add to Algorithm 1.
 
@@ -461,7 +462,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
     # Not in [A]. S is an ordinary regression: Adam's defaults.
     optimizer = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
-    scaler = data.grad_scaler(run.device, run.settings["precision"])
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.scaler.is_enabled())
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
         index = torch.randint(len(batches), (B,), device=run.device)
