@@ -254,6 +254,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     z = torch.randn(len(texts), Z_DIM, device=x.device)     # line 5:  z ~ N(0, I)
     with amp:
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
+        seen = view(x_fake)                                 # what D is shown of them
 
     # (1) Update D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
     shown = len(texts) if blends_to_D else B                # in the paper without the blends
@@ -261,8 +262,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
         f_real = D.features(view(x))                        # once, for both texts
         l_real = D.score(f_real, h)                         # line 7:  {real image, right text}
         l_wrong = D.score(f_real, h_wrong) if cls else None     # line 8:  {real image, wrong text}
-        x_shown = view(x_fake[:shown].detach())
-        l_fake = D(x_shown, texts[:shown])                  # line 9:  {fake image, right text}
+        l_fake = D(seen[:shown].detach(), texts[:shown])    # line 9:  {fake image, right text}
     loss_D = discriminator_loss(l_real, l_wrong, l_fake)    # line 10
     # [A] prints D <- D - alpha dL_D/dD, and line 13 likewise: down what should go up. Our losses
     # are minus L_D and minus L_G, so that down is right for them.
@@ -271,7 +271,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     # (2) Update G: maximise  L_G = log(s_f), and for eq. 5  log D(G(z, blend), blend)
     D.requires_grad_(False)                                 # it only passes gradients on to G
     with amp:
-        l_G = D(view(x_fake), texts)                        # line 9 again, with the updated D
+        l_G = D(seen, texts)                                # line 9 again, with the updated D
     loss_G = generator_loss(l_G[:B])                        # line 12
     if int_:
         # Eq. 5, -log D as in line 12. A mean of its own, as heavy as that of the captions, so
@@ -344,9 +344,9 @@ def sharpen(x, gain):
     """
     W = x.shape[-1]
     near = x.new_ones(W, W).triu(-1).tril(1)                # 1 where two pixels are neighbours
-    count = near.sum(0)                                     # 3, at the border 2
-    # near @ x sums each row with its neighbours, x @ near each column: together the sum over 3x3.
-    return x + gain * (x - near @ x @ near / (count[:, None] * count))
+    mean = near / near.sum(0)                               # each column: 1/3, at the border 1/2
+    # x @ mean takes the mean of each pixel and its neighbours in a row, mean.T @ x in a column.
+    return x + gain * (x - mean.T @ x @ mean)
 
 
 def mode_seeking_loss(z1, z2, x1, x2):
