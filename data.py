@@ -337,7 +337,7 @@ def build_toy():
     """The examples, the names of the unseen classes, and what was left out: nothing."""
     birds = toy_species(random.Random(0), 200)
     with ProcessPoolExecutor() as pool:
-        examples = sum(pool.map(toy_examples, range(200), birds, chunksize=25), [])
+        examples = sum(pool.map(toy_examples, range(200), birds), [])
     return examples, {example.label for example in examples[150 * 40:]}, []
 
 
@@ -353,7 +353,7 @@ def build_photographs(images_folder, captions_folder, unseen, around_box=False):
     """The two sets of the paper: NAME.jpg and NAME.txt in any folders, each NAME once. The class is
     the image's folder, as in 013.Bobolink/NAME.jpg; where all images lie in one, as Oxford-102's
     do, it is the caption's: class_00077/NAME.txt."""
-    images = names_below(images_folder, r"\.jpg$")      # outlines, which may lie there, are .png
+    images = names_below(images_folder, r"\.jpg$")      # segmentation masks are .png
     texts = read_texts(captions_folder)
     marks = cub_tables(images_folder)
     if around_box and not marks:
@@ -436,10 +436,10 @@ def build_folder(folder):
 def own_classes(places, skipped):
     """{image: the folders that it lies in} -> {image: class} and the names of the unseen classes.
     Adds a line to `skipped` for a split that is not taken."""
-    around = len(os.path.commonprefix(list(places.values())))
+    around = len(os.path.commonprefix(list(places.values())))   # folders that contain everything
     classes = {}
-    trained = {}        # the classes of the images in train/ ...
-    tested = {}         # ... and in test/, without that part
+    trained = {}        # {image: its class without the "train/" in front}
+    tested = {}         # and those in test/
     for image, folders in places.items():
         folders = folders[around:]
         classes[image] = "/".join(folders) or image
@@ -449,10 +449,10 @@ def own_classes(places, skipped):
             side[image] = "/".join(folders[1:]) or image
 
     if trained and tested:
-        if len(trained) + len(tested) == len(places):
-            classes = trained | tested
-            if set(map(plain, trained.values())).isdisjoint(map(plain, tested.values())):
-                return classes, set(tested.values())
+        classes |= trained | tested
+        disjoint = set(map(plain, trained.values())).isdisjoint(map(plain, tested.values()))
+        if disjoint and len(trained) + len(tested) == len(places):
+            return classes, set(tested.values())
         skipped.append("the folders for training and test are not taken as the split: they share a "
                        "class, or have images beside them")
     names = sorted(set(classes.values()))
@@ -464,8 +464,6 @@ def read_table(folder, table, texts):
     """Add the captions of a metadata.csv or metadata.jsonl to texts {image: captions}."""
     with user_error(f"{table} cannot be read"):
         text = decode_text((folder / table).read_bytes()).strip()
-        if not text:
-            raise ValueError("it is empty")
         if table.lower().endswith(".csv"):
             entries = csv_entries(text)
         else:
@@ -487,8 +485,7 @@ def csv_entries(text):
     with commas outside quotes is put together again where it is the last column."""
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=separator)
-    columns = [column.strip().lower() for column in reader.fieldnames]
-    reader.fieldnames = columns
+    columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames]
     last = columns[-1]
     for row in reader:
         too_much = row.pop(None, [])
@@ -500,14 +497,14 @@ def csv_entries(text):
 
 
 # ---- The table of data sets ------------------------------------------------------------------
-# A new data set is a row here, and where it is laid out otherwise a builder. It gets the folders of
-# the images and of the captions (archives come unpacked), reads nothing else, and returns Examples,
-# the names of the unseen classes, and a line for each thing left out. Before G train its text
-# encoder, for photographs longer than by default:  encoder.py --dataset NAME --steps 6000
-# Its files, twice: what they may be called, packed or unpacked; an address of one; its SHA-256.
+# A new data set is a row here, and where it is laid out otherwise a builder. The builder gets the
+# folders of images and of captions (archives come unpacked), reads nothing else, and returns
+# Examples, the names of the unseen classes, and a line for each thing left out. Before G train its
+# text encoder, for photographs longer than by default:  encoder.py --dataset NAME --steps 6000
+# CUB: of the images, then of the captions, possible names, an address, and its SHA-256 if known.
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 CUB = [
-    ("CUB_200_2011.tgz CUB_200_2011 images",
+    ("CUB_200_2011.tgz CUB_200_2011 ../CUB_200_2011 images",
      "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
      "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"),
     ("cvpr2016_cub.tar.gz cvpr2016_cub caption-data-cub-v1.0.0.zip captions text_c10 text text.zip "
@@ -532,10 +529,9 @@ def find_files(name, source):
         if Path(name).exists():
             return [Path(name)]
         last = Path(name).name
-        close = difflib.get_close_matches(last, DATASETS, 1)
-        hint = f"did you mean {close[0]}? Else " if close else ""
-        raise UserError(f"unknown data set {last!r}: {hint}expected {', '.join(DATASETS)}, or a "
-                        "folder or .zip file of images with captions")
+        near = difflib.get_close_matches(last, DATASETS, 1) or DATASETS
+        raise UserError(f"unknown data set {last!r}: did you mean {' or '.join(near)}, or a folder "
+                        "or .zip file of images with captions?")
     folder = Path(source or CACHE / "downloads").resolve()
     paths = []
     _, sources = DATASETS[name]
@@ -558,6 +554,9 @@ def fetch(url, sha256, folder):
                     "addresses: README, \"Data\""):
         try:
             torch.hub.download_url_to_file(url, str(path), sha256)
+            if not sha256 and not zipfile.is_zipfile(path):
+                path.unlink()
+                raise ValueError("it did not come whole")
         finally:
             socket.setdefaulttimeout(None)
     return path
@@ -573,27 +572,27 @@ FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program
 
 def names_below(folder, pattern=""):
     """Sorted names, such as kind/1.jpg, of the files below a folder. Hidden ones are no data."""
+    if folder == Path.cwd():
+        pattern = f"^(?!cache/|runs/).*{pattern}"           # which are ours, and change
     paths = map(Path, glob.glob("**", root_dir=folder, recursive=True))
     names = [path.as_posix() for path in paths if (folder / path).is_file()]
-    return sorted(filter(re.compile(pattern, re.I).search, names), key=Path)
+    return sorted(filter(re.compile(pattern, re.I | re.S).search, names), key=Path)
 
 
 def unpack(path, folder):
     """Unpack a .zip or .tar.gz, if its checksums say that it is whole -> folder, or UserError."""
-    def harmless(member):
-        inside = (folder / member.name).resolve().is_relative_to(folder)
-        return inside and member.isreg() and not member.issparse()      # no links
-
     with user_error(f"{path} is no .zip or .tar.gz, or is damaged, or only a part of one"):
         if zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
             size = sum(member.file_size for member in archive.infolist())
             members = archive.namelist()            # extractall lets none lead outside
         else:
-            with gzip.open(path) as file:           # to its end, where the checksum is: one that
-                size = file.seek(MAX_TOTAL + 1)     # is cut may look like one of fewer files
+            # To its end, where the checksum is: a cut archive may look like one of fewer files.
+            with gzip.open(path) as file:
+                size = file.seek(MAX_TOTAL + 1)
             archive = tarfile.open(path, "r:gz")
-            members = filter(harmless, archive)
+            members = (member for member in archive if member.isreg() and not member.issparse()
+                       and (folder / member.name).resolve().is_relative_to(folder))     # no links
         with archive:
             if size > MAX_TOTAL:
                 raise ValueError("too large")
@@ -659,6 +658,7 @@ def read_image(data, box=None):
     authors, scales to 76x76 without keeping the proportions. Raises ValueError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = ImageOps.exif_transpose(image)      # phones store upright images lying down
         window = (0, 0, *image.size) if box is None else square_around(box, image.size)
         if image.mode[0] in "IF":
             raise ValueError(f"more than 8 bits a colour (mode {image.mode}): save it with 8")
@@ -666,7 +666,6 @@ def read_image(data, box=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC, window)
-        image = ImageOps.exif_transpose(image)      # phones store upright images lying down
         return np.asarray(image), window
     except UnidentifiedImageError:
         raise ValueError("not an image, or of a kind that this Pillow cannot read") from None
@@ -833,12 +832,13 @@ def plot(panels, path, size=400):
         pen = ImageDraw.Draw(page)
         lines = [np.reshape(list(zip(*x_y)), (-1, 2)) for x_y in panel.values()]
         ends = np.concatenate([[(1e-9, 1e-9)], *lines]).max(0)      # of the axes
-        pen.text((10, 8), f"x to {ends[0]:g}, y to {ends[1]:.1f}", "black")
-        pen.rectangle((10, 110, size - 10, size - 10), outline="grey")
+        top = 30 + 14 * len(lines)
+        pen.text((10, 8), f"x to {ends[0]:g}, y to {ends[1]:.3g}", "black")
+        pen.rectangle((10, top, size - 10, size - 10), outline="grey")
         for i, name in enumerate(panel):
             colour = ("black", "red", "green", "orange", "blue")[i % 5]
             pen.text((10, 24 + 14 * i), name, colour)
-            points = (10, size - 10) + lines[i] / ends * (size - 20, 120 - size)
+            points = (10, size - 10) + lines[i] / ends * (size - 20, top + 10 - size)
             pen.line(points.ravel().tolist(), colour, 2)
         pages.append(np.asarray(page))
     save_image(image_grid([pages]), path)
@@ -847,9 +847,8 @@ def plot(panels, path, size=400):
 def save_image(image, path):
     """Write a Pillow image, whole or not at all. Raises UserError for an unknown ending."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"cannot write {path}: name an image file, such as sample.png")
-    write_atomically(path, lambda f: image.save(f, kind))
+    with user_error(f"cannot write {path}: name an image file, such as sample.png", [OSError]):
+        write_atomically(path, lambda f: image.save(f, kind))
 
 
 # ---- Shared by the scripts: errors, writing, checkpoints, device and precision ---------------
@@ -906,7 +905,7 @@ def write_atomically(path, write):
     """`write(file)` into `path`, whole or not at all: first beside it, then renamed over it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -929,9 +928,9 @@ def load_checkpoint(path, kind):
     """What `save_checkpoint` wrote, of this kind. Runs none of its code. Raises UserError."""
     with user_error(f"{path} is not there, or no checkpoint, or only a part of one"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise UserError(f"{path} does not hold a {kind} checkpoint")
-    return content
+        if content["kind"] != kind:
+            raise UserError(f"{path} does not hold a {kind} checkpoint")
+        return content
 
 
 def load_network(make, state):
@@ -952,7 +951,7 @@ def to_8_bits(state):
         if isinstance(value, dict):
             small[key] = to_8_bits(value)
         weight = torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
-        if weight and not key.endswith(SCALE):      # with a scale it is in 8 bits already
+        if weight and not key.endswith(SCALE):      # a scale stays as it is
             scale = value.abs().amax(tuple(range(1, value.dim())), keepdim=True).float() / 127
             scale = scale.clamp(min=1e-12)
             small[key] = (value / scale).round().to(torch.int8)

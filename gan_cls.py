@@ -254,7 +254,7 @@ def gan_cls_step(G, D, opt_G, opt_D, x, h, h_wrong, *, cls=True, int_=True,
     z = torch.randn(len(texts), Z_DIM, device=x.device)     # line 5:  z ~ N(0, I)
     with amp:
         x_fake = G(z, texts)                                # line 6:  x_fake <- G(z, h)
-        seen = view(x_fake)                                 # what D is shown of them
+        seen = view(x_fake)                                 # what D is shown, in both updates
 
     # (1) Update D: maximise  L_D = log(s_r) + (log(1 - s_w) + log(1 - s_f)) / 2
     shown = len(texts) if blends_to_D else B                # in the paper without the blends

@@ -36,7 +36,8 @@ BATCH = 256                  # images that go through a network at once
 SCORER_SEEDS = (1, 2, 3)     # the measures by `get_scorers` are means over three trained networks
 SETTINGS = ("dataset", "variant", "recipe", "steps", "batch_size", "ngf", "seed")    # shown of runs
 LEGEND = """
-Sentences matched: the share of images for which a scorer ranks their sentence's class first.
+Sentences matched: the share of images for which a scorer ranks their sentence's class first. The
+sentences themselves: for which it ranks the class first by the text alone; a text leaves much open.
 Pixel diversity: how much the images of one sentence differ; 1 is as real images of one class do.
 Frechet distance: from the real images, 0 where they are the same. It is taken on features of the
 scorers, so it is not the FID of papers: compare it only within this table.
@@ -235,7 +236,8 @@ def style_groups(ds, index, k=100):
     for kind, points in style.items():
         known = points.isfinite().all(1)
         groups[kind] = torch.full((len(index),), -1)
-        groups[kind][known] = kmeans(points[known], k)
+        if known.any():
+            groups[kind][known] = kmeans(points[known], k)
     return groups
 
 
@@ -309,15 +311,16 @@ def make_test_set(ds, device):
     texts = [ds.captions[i][rng.integers(len(ds.captions[i]))] for i in index]
     scorers = get_scorers(ds, device)
     test = TestSet(ds, images_at(ds, index, device), labels, texts, scorers)
-    if ds.boxes is None or ds.keypoints is None:
+    if ds.boxes is None:
         return test
-    groups = style_groups(ds, index)
+    pairs = {kind: style_pairs(group) for kind, group in style_groups(ds, index).items()}
+    if not all(pairs.values()):                 # too few images for two of one style
+        return test
     direction = facing(ds, index)
     known = direction.isfinite().nonzero()[:, 0]
     return test._replace(
-        pairs={kind: style_pairs(group) for kind, group in groups.items()}, query=test.x[known],
-        direction=direction[known], other=known.roll(len(known) // 2),
-        probe=direction_probe(ds, scorers[0][1], device))
+        pairs=pairs, query=test.x[known], direction=direction[known],
+        other=known.roll(len(known) // 2), probe=direction_probe(ds, scorers[0][1], device))
 
 
 def generate_for(model, h, seed, truncation):
@@ -351,15 +354,18 @@ def get_scorers(ds, device):
 
 # ---- The measures, each a function -----------------------------------------------------------
 
-def sentences_matched(scorers, x):
+def sentences_matched(scorers, x, texts=None):
     """0 to 1: x (n, 3, 64, 64), an image for a caption of each unseen image, or these images.
 
     An image matches where the class of its sentence is the first by eq. 3: [B]'s zero-shot
     classification, of generated images. It tells whether an image fits its class, not each word.
-    """
+    With texts, captions of the real images x: whether they themselves fit their class, by eq. 4."""
     shares = []
-    for _, v, (_, labels, classes, means) in scorers:
+    for phi, v, (_, labels, classes, means) in scorers:
         emb = encoder.image_embeddings(v, x).cpu()
+        if texts:
+            means = torch.stack([emb[labels == c].mean(0) for c in classes])
+            emb = embed(phi, texts).cpu()
         shares.append(encoder.top_k_accuracy(1, emb, labels, classes, means))
     return np.mean(shares)
 
@@ -463,9 +469,9 @@ def measure_run(model, test, h, fake, truncation):
 def measure_references(test, captions):
     """What others reach -> {measure: {name of the reference: number}}. captions (n, 1024): phi of
     the test set's texts, from which no style can be read."""
-    # Eq. 3 of the real images; and by eq. 4, what the sentences themselves say of their class.
-    results = [encoder.evaluate(test.ds, phi, v) for phi, v, _ in test.scorers]
-    matched = {name: np.mean([result[name] for result in results]) for name in results[0]}
+    matched = {"real images": sentences_matched(test.scorers, test.x),
+               "the sentences themselves": sentences_matched(test.scorers, test.x, test.texts),
+               "chance": 1 / len(test.labels.unique())}
     references = {"sentences matched": matched, "pixel diversity": {},
                   "pixel diversity, blends": {}, "Frechet distance": {}}
     if test.pairs:
@@ -517,12 +523,10 @@ def model_grid(models, test, truncation):
     shown = data.example_images(ds, 8)
     texts = [ds.captions[i][0] for i in shown]
     columns = [images_at(ds, shown, "cpu")]
-    titles = ["real"]
-    for name, model in models.items():
+    for model in models.values():
         columns.append(generate_for(model, embed(model.phi, texts), 3, truncation))
-        titles.append(name.removeprefix(f"{data.short_name(ds.name)}-")[:14])
-    rows = zip(*[to_pixels(column) for column in columns])
-    return image_grid(list(rows), texts, titles)
+    rows = zip(*[to_pixels(x).repeat(2, 1).repeat(2, 2) for x in columns])      # twice as large
+    return image_grid(list(rows), texts, ["real", *models])
 
 
 def roc_panels(embeddings, pairs):
