@@ -1,5 +1,5 @@
-"""The tests, and the graders of the README's exercises. What needs a GPU or the real data is skipped
-without. Equations are compared with slow float64 ones that use nothing of the code under test.
+"""The tests, and the graders of the README's exercises. What needs a GPU or the real data is
+skipped without. Equations are compared with slow float64 ones that use nothing of what they test.
 
     pytest -q                           # all of them, a minute and a half on two cores
     pytest -q -k exercise_1             # grade one exercise: exercise_1 to exercise_6

@@ -63,7 +63,7 @@ RECIPES = {
         captions=(1, 5),        # h is the mean of 1 to 5 captions' embeddings, drawn per image
         augment=True,           # D sees images shifted, lighter, darker: it memorises less
         sharpen=0.0,            # off; above 0 D sees images with more fine detail, see "toy"
-        blends_to_D=True,       # D sees the fake images of eq. 5 too: else one image fools it for all
+        blends_to_D=True,       # D sees the fake images of eq. 5 too: else one image fools it
         mode_seeking=0.05,      # term of G's loss: other z, other images; else z has little effect
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
         r1=0.01,                # gradient penalty on D, every 4th step
@@ -455,8 +455,8 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
     """S by [A] eq. 6, with G frozen: draw z, generate, ask S for the z. -> a StyleEncoder.
 
     An S that always answers 0 would have a loss of E ||z||^2 = 100. It does not begin as Q: Q reads
-    patterns that G made for it, which real images do not have. Begun so, S had a loss of 27 to 46 on
-    the toy birds instead of 75, but kept 78 % of real images' backgrounds instead of 93 %.
+    patterns that G made for it, which real images do not have. Begun so, S had on the toy birds a
+    loss of 27 to 46 instead of 75, but kept 78 % of real images' backgrounds instead of 93 %.
     """
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
