@@ -463,7 +463,7 @@ def own_classes(places, skipped):
 def read_table(folder, table, texts):
     """Add the captions of a metadata.csv or metadata.jsonl to texts {image: captions}."""
     with user_error(f"{table} cannot be read"):
-        text = decode_text((folder / table).read_bytes()).strip()
+        text = decode_text((folder / table).read_bytes()).strip("\r\n")
         if table.lower().endswith(".csv"):
             entries = csv_entries(text)
         else:
@@ -502,6 +502,7 @@ def csv_entries(text):
 # Examples, the names of the unseen classes, and a line for each thing left out. Before G train its
 # text encoder, for photographs longer than by default:  encoder.py --dataset NAME --steps 6000
 # CUB: of the images, then of the captions, possible names, an address, and its SHA-256 if known.
+# (../CUB_200_2011: DIR may be that folder itself; its tables are needed, too.)
 MIRROR = "https://github.com/raphaelsenn/gan-text-to-image/releases/latest/download/"
 CUB = [
     ("CUB_200_2011.tgz CUB_200_2011 ../CUB_200_2011 images",
@@ -572,7 +573,7 @@ FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]     # not EPS: a program
 
 def names_below(folder, pattern=""):
     """Sorted names, such as kind/1.jpg, of the files below a folder. Hidden ones are no data."""
-    if folder == Path.cwd():
+    if os.path.samefile(folder, "."):
         pattern = f"^(?!cache/|runs/).*{pattern}"           # which are ours, and change
     paths = map(Path, glob.glob("**", root_dir=folder, recursive=True))
     names = [path.as_posix() for path in paths if (folder / path).is_file()]
@@ -592,7 +593,7 @@ def unpack(path, folder):
                 size = file.seek(MAX_TOTAL + 1)
             archive = tarfile.open(path, "r:gz")
             members = (member for member in archive if member.isreg() and not member.issparse()
-                       and (folder / member.name).resolve().is_relative_to(folder))     # no links
+                       and (folder / member.name).resolve().is_relative_to(folder))
         with archive:
             if size > MAX_TOTAL:
                 raise ValueError("too large")
@@ -703,7 +704,7 @@ def load(name, source=None):
     """A data set, built now or read from its cache.
 
     name: toy, cub, cub-box, flowers, or the path of a folder, .zip or .tar.gz. source: a folder
-    with the files of cub or flowers; later calls find them without it. Raises UserError.
+    with the files of cub or flowers; later calls read the cache. Raises UserError.
     A cache is named after all that it was made from, code and files, so that a change there leads
     to a new one. Without `source` cub and flowers are not looked at again: they may be removed."""
     if name not in DATASETS:
@@ -816,7 +817,7 @@ def image_grid(rows, texts=None, titles=None):
         for j, pixels in enumerate(row):
             page.paste(Image.fromarray(pixels), (left + j * (width + 2), y))
         if texts:
-            text = textwrap.fill(printable(texts[i][:500]), 32, max_lines=height // 17,
+            text = textwrap.fill(printable(texts[i]), 32, max_lines=height // 17,
                                  placeholder=" ...")
             pen.text((6, y + 2), text, "black", font)
     for j, title in enumerate(titles or []):

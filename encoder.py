@@ -247,9 +247,9 @@ RATE = 7e-4         # RMSprop's learning rate
 ALPHA = 0.95        # RMSprop's memory of squared gradients: some 20 steps
 CLIP = 5.0          # largest norm of the gradients: a GRU's are now and then very large
 
-# Only with `anneal`, see train_encoder. phi then classifies better, but with the small network G
-# seemed to do worse: 47 % of the toy birds' images matched their sentence, without it 51 % (one
-# seed). Perhaps phi learns the training classes too closely.
+# Only with `anneal`, see train_encoder. phi then classifies better, but with the small network as
+# image side G seemed to do worse: 47 % of the toy birds' images matched their sentence, without it
+# 51 % (one seed). Perhaps phi learns the training classes too closely.
 HOLD = 0.5          # share of the steps with RATE; then it falls in a straight line
 LAST_RATE = 0.05    # the last rate, as a share of RATE
 EMA = 0.999         # phi and v are the moving average of their weights

@@ -7,9 +7,9 @@
     python sample.py "an all black bird" --style query.jpg other.jpg      # z = S(query)
     python sample.py --measure runs/toy-gan runs/toy-gan-cls              # results, side by side
 
-The first half of this file makes grids of images: [A] figures 3, 4, 6 and 8. The second half
-measures runs on the images of unseen classes: style verification ([A] section 5.2, figure 5),
-sentences matched, the Frechet distance, and others. A run is a folder in runs/, a checkpoint.pt,
+The first half of this file makes grids of images: [A] figures 6 and 8. The second half
+measures runs on the images of unseen classes, side by side ([A] figures 3 and 4): style
+verification ([A] section 5.2, figure 5), sentences matched, and others. A run is a folder in runs/, a checkpoint.pt,
 or a name in weights/.
 """
 
@@ -31,7 +31,7 @@ from data import IMAGE_SIZE, UserError, centre_crops, image_grid, plot, save_ima
 from encoder import embed
 from gan_cls import Z_DIM, Generator, StyleEncoder, interpolate
 
-TRUNCATION = 0.8             # what z is multiplied with to draw; to measure 1, the z of training
+TRUNCATION = 0.8             # what z is multiplied with, to draw; --measure takes z as in training
 BATCH = 256                  # images that go through a network at once
 SCORER_SEEDS = (1, 2, 3)     # the measures by `get_scorers` are means over three trained networks
 SETTINGS = ("dataset", "variant", "recipe", "steps", "batch_size", "ngf", "seed")    # shown of runs
@@ -73,7 +73,7 @@ class Model:
 
     def generate(self, z, h):
         """z (N, 100), h (N, 1024), or (1024,) for all z -> images (N, 3, 64, 64) in [-1, 1], with
-        the 256 levels that an image file has, and so the real images."""
+        the 256 levels that an image file has, as the real images have."""
         x = in_parts(self.G, z.to(self.device), h.expand(len(z), -1))
         return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
@@ -111,7 +111,7 @@ def find_weights(name=None):
                     f"folder with checkpoint.pt, a file, or in weights/ ({', '.join(known)})")
 
 
-# ---- Grids of images: [A] figures 3, 4, 6 and 8 ----------------------------------------------
+# ---- Grids of images: [A] figures 6 and 8 ----------------------------------------------------
 
 def noise(n, seed, truncation=1.0):
     """z (n, 100) from N(0, 1), times `truncation`. z[i] depends on the seed and on i, not on n.
@@ -355,7 +355,7 @@ def get_scorers(ds, device):
 # ---- The measures, each a function -----------------------------------------------------------
 
 def sentences_matched(scorers, x, texts=None):
-    """0 to 1: x (n, 3, 64, 64), an image for a caption of each unseen image, or these images.
+    """0 to 1: x (n, 3, 64, 64), an image generated from a caption of each unseen image, or these.
 
     An image matches where the class of its sentence is the first by eq. 3: [B]'s zero-shot
     classification, of generated images. It tells whether an image fits its class, not each word.
@@ -399,8 +399,8 @@ def frechet_distance(a, b):
 
 def pixel_deviation(groups):
     """The standard deviation of a pixel within a group of images, mean over pixels and groups.
-    groups: a list of (m, 3, 64, 64). 0: the images of a group are equal."""
-    return torch.stack([x.std(0).mean() for x in groups]).mean()
+    groups: a list of (m, 3, 64, 64); those of one image do not count. 0: equal images."""
+    return torch.stack([x.std(0).mean() for x in groups]).nanmean()
 
 
 def background_kept(x, y):
@@ -492,7 +492,7 @@ def load_models(runs, device):
     for run in runs:
         path = find_weights(run)
         name = path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
-        if name in (*models, "real"):
+        if name in (*models, "real", "captions"):
             raise UserError(f"{path}: the name {name} is taken, copy or rename it")
         models[name] = Model(path, device)
     return models
@@ -605,7 +605,7 @@ def parse_args(argv):
     add("--n", type=data.int_between(1, 64), default=8, help="images for a text (default: 8)")
     add("--seed", type=data.int_between(0, 2 ** 31), default=0, help="of the noises (default: 0)")
     add("--truncation", type=float,
-        help=f"multiplies z: less variety, fewer go wrong (default: {TRUNCATION}, to measure 1)")
+        help=f"multiplies z: less variety, fewer go wrong (default: {TRUNCATION}; with --measure 1)")
     add("--out", type=Path, help="what to write (default: sample.png); with --measure a folder")
     add("--device", type=data.pick_device, default="auto", help="auto (default), cpu, cuda, cuda:1")
     way = parser.add_mutually_exclusive_group().add_argument

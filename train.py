@@ -75,7 +75,7 @@ RECIPES["toy"] = dict(
     steps=5000,
     batch_size=24,              # a quarter less time than 32, and no worse
     sharpen=1.5,                # else checkerboard artefacts, and birds without legs and eyes
-    style=0.1,                  # each z has its direction; on photographs 0.1 gave dark spots
+    style=0.1,                  # z decides where a bird looks; on photographs 0.1 gave dark spots
     r1=0.3)                     # with 0 D memorised 150 species; on photographs 0.1 was too much
 RECIPES["gpu"] = dict(          # the default with CUDA: large batches, the paper's 600 epochs
     RECIPES["quick"],
@@ -287,8 +287,8 @@ class Progress:
         self.run.history.append(dict(step=step, **means))
         self.sums = {}
         self.count = 0
-        seconds = (time.time() - self.start) / (step - self.first_step)     # a step of S: half
-        left = (steps - step + STYLE_STEPS / 2) * seconds / 60
+        seconds = (time.time() - self.start) / (step - self.first_step)
+        left = (steps - step + STYLE_STEPS / 2) * seconds / 60      # a step of S takes half
         whole = (time.time() - self.begun) / 60 + left
         numbers = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         print(f"step {step}/{steps}  epoch {epoch}  {numbers}  "
@@ -354,7 +354,7 @@ class Run:
     # What all recipes but "paper" add to Algorithm 1.
 
     def seen_by_S(self, x):
-        """What S sees of images (N, 3, 64, 64). Without `augment` it reads patterns of G alone."""
+        """What S sees of images (N, 3, 64, 64). Without `augment` it would read patterns that only G's have."""
         return augment(x) if self.recipe["augment"] else x
 
     def view(self, x):
