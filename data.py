@@ -696,7 +696,7 @@ def clean_captions(lines):
     """Captions with single spaces. Those with fewer than 3 letters are left out: the real sets
     have lines such as "{}" or "v"."""
     captions = [" ".join(line.split()) for line in lines]
-    return [line for line in captions if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
+    return [line for line in captions if sum(map(str.isalpha, line)) >= 3]
 
 
 # ---- The cache -------------------------------------------------------------------------------
@@ -705,8 +705,8 @@ def load(name, source=None):
 
     name: toy, cub, cub-box, flowers, or the path of a folder, .zip or .tar.gz. source: a folder
     with the files of cub or flowers; later calls read the cache. Raises UserError.
-    A cache is named after all that it was made from, code and files, so that a change there leads
-    to a new one. Without `source` cub and flowers are not looked at again: they may be removed."""
+    A cache is named after all that it was made from, code and files: a change there leads to a new
+    one. Without `source` cub and flowers are not looked at again: they may be removed."""
     if name not in DATASETS:
         name = str(Path(name).resolve())        # a run on it may go on from another place
     begin = f"{short_name(name)}-{building_code()}"
@@ -793,7 +793,7 @@ def kinds_of_files(path, folder):
     for name in names_below(folder):
         kinds.setdefault(Path(name).suffix.lower(), []).append(name)
     counts = [f"{len(names):,} {kind} ({names[0]})" for kind, names in kinds.items()]
-    return printable(f"{path.name} has {', '.join(counts[:8]) or 'no files'}")
+    return printable(f"{path.name} has {', '.join(counts) or 'no files'}")
 
 
 # ---- Grids and plots -------------------------------------------------------------------------
