@@ -351,8 +351,8 @@ def train_encoder(ds, device="cpu", steps=STEPS, precision="fp32", cnn_dim=512,
 
 # departs from the paper: eq. 2 depends on the scores alone, so the basis of phi(t) is free. After
 # training its numbers are about 0.02, and three directions hold half of their variance. With such
-# an h, beside a noise z of N(0, 1), the text had no effect on the images in the first 1,000 steps,
-# and the colour of a bird's crown never had.
+# an h, beside a noise z of N(0, 1), the text had no effect on the images in the first 2,000 steps,
+# and in an earlier version of G's training the colour of a bird's crown never had.
 
 def whitening_matrix(h, floor=0.005):
     """h (n, 1024) -> M (1024, 1024), symmetric, float64. h M has about the same variance in every

@@ -11,7 +11,7 @@ Read this file with the paper open: it goes in the paper's order.
                                          update_ema
 
 "[A]" is that paper. The letters are its letters: t a caption, h = phi(t) its embedding (made by
-`encoder.py`), h_wrong the embedding of a caption that does not describe the image, z the noise,
+`encoder.py`), h_wrong (h with a hat in [A]) that of a caption that is not the image's, z the noise,
 x an image in [-1, 1], s a score (in the code its logit l, s = sigmoid(l)). "The authors' code"
 is github.com/reedscot/icml2016.
 """
@@ -57,7 +57,7 @@ def init_weights(net):
 
 
 class Residual(nn.Module):
-    """The bottleneck of the authors' code, which the paper does not mention: x + f(x).
+    """The bottleneck of the authors' code, which the paper does not mention: activation(x + f(x)).
 
     f is a 1x1, a 3x3 and a 3x3 convolution with `width` channels inside.
     (B, channels, H, W) -> the same shape.

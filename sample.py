@@ -7,9 +7,9 @@
     python sample.py "an all black bird" --style query.jpg other.jpg      # z = S(query)
     python sample.py --measure runs/toy-gan runs/toy-gan-cls              # results, side by side
 
-The first half of this file makes grids of images: [A] figures 6 and 8. The second half
-measures runs on the images of unseen classes, side by side ([A] figures 3 and 4): style
-verification ([A] section 5.2, figure 5), sentences matched, and others. A run is a folder in runs/, a checkpoint.pt,
+The first half of this file makes grids of images: [A] figures 6 and 8. The second half measures
+runs, side by side, on the images of unseen classes ([A] figures 3 and 4): style verification ([A]
+section 5.2, figure 5), sentences matched, and others. A run is a folder in runs/, a checkpoint.pt,
 or a name in weights/.
 """
 
@@ -355,7 +355,8 @@ def get_scorers(ds, device):
 # ---- The measures, each a function -----------------------------------------------------------
 
 def sentences_matched(scorers, x, texts=None):
-    """0 to 1: x (n, 3, 64, 64), an image generated from a caption of each unseen image, or these.
+    """0 to 1: x (n, 3, 64, 64), an image generated from a caption of each unseen image, or these
+    images themselves.
 
     An image matches where the class of its sentence is the first by eq. 3: [B]'s zero-shot
     classification, of generated images. It tells whether an image fits its class, not each word.
@@ -605,7 +606,7 @@ def parse_args(argv):
     add("--n", type=data.int_between(1, 64), default=8, help="images for a text (default: 8)")
     add("--seed", type=data.int_between(0, 2 ** 31), default=0, help="of the noises (default: 0)")
     add("--truncation", type=float,
-        help=f"multiplies z: less variety, fewer go wrong (default: {TRUNCATION}; with --measure 1)")
+        help=f"multiplies z: less variety, fewer go wrong (default: {TRUNCATION}, --measure: 1)")
     add("--out", type=Path, help="what to write (default: sample.png); with --measure a folder")
     add("--device", type=data.pick_device, default="auto", help="auto (default), cpu, cuda, cuda:1")
     way = parser.add_mutually_exclusive_group().add_argument

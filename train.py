@@ -230,7 +230,7 @@ def renew_statistics(G, batches, size=1024, at_once=256):
     """Batch norm's statistics of an averaged G, from up to `size` training captions.
 
     Averaged weights need statistics of their own. In large batches, because single images can have
-    very large activations. Draws no random numbers.
+    very large activations. The run's own random numbers stay as they are.
     """
     for module in G.modules():
         if hasattr(module, "reset_running_stats"):      # batch norm
@@ -354,7 +354,7 @@ class Run:
     # What all recipes but "paper" add to Algorithm 1.
 
     def seen_by_S(self, x):
-        """What S sees of images (N, 3, 64, 64). Without `augment` it would read patterns that only G's have."""
+        """What S sees of images (N, 3, 64, 64). Else it learns patterns that only G's images have."""
         return augment(x) if self.recipe["augment"] else x
 
     def view(self, x):
@@ -456,8 +456,8 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
     """S by [A] eq. 6, with G frozen: draw z, generate, ask S for the z. -> a StyleEncoder.
 
     An S that always answers 0 would have a loss of E ||z||^2 = 100. It does not begin as Q: Q reads
-    patterns that G made for it, which real images do not have. Begun so, S had on the toy birds a
-    loss of 27 to 46 instead of 75, but kept 78 % of real images' backgrounds instead of 93 %.
+    patterns that G made for it, which real images do not have. Begun so, two runs on the toy birds
+    had a smaller loss, 27 and 46 instead of 75, but kept 78 % of the backgrounds instead of 93 %.
     """
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
