@@ -696,7 +696,7 @@ def clean_captions(lines):
     """Captions with single spaces. Those with fewer than 3 letters are left out: the real sets
     have lines such as "{}" or "v"."""
     captions = [" ".join(line.split()) for line in lines]
-    return [line for line in captions if sum(map(str.isalpha, line)) >= 3]
+    return [line for line in captions if sum(map(str.isalpha, line)) >= 3][:MAX_CAPTIONS]
 
 
 # ---- The cache -------------------------------------------------------------------------------

@@ -589,8 +589,7 @@ def same_way(*nets):
 
 
 STEP_OPTIONS = [
-    {},
-    dict(view=torch.tanh),
+    {}, dict(view=torch.tanh),
     dict(blends_to_D=True),
     dict(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)),     # must change nothing
     dict(extra_G_loss=lambda z, texts, x: (x.mean((1, 2, 3)) * z[:, 0] * texts[:, 0]).sum()),
@@ -711,8 +710,7 @@ MISTAKES = {
         "return log_s(l_real).mean() + no": "return -(log_s(l_real).mean() + no)",
         "log_s(l_real).sum() + no": "log_s(l_real).mean() + no",
         ".mean())": ".mean()) / 2",
-        "True": "l_wrong is None",
-        "False": "l_wrong is None",
+        "True": "l_wrong is None", "False": "l_wrong is None",
         "log_s(l_wrong)": "log_one_minus_s(l_wrong)",
         "log_one_minus_s(l_fake)": "log_one_minus_s(l_wrong)",
         "log_one_minus_s(l_wrong.detach())": "log_one_minus_s(l_wrong)",
@@ -1596,13 +1594,14 @@ def test_nothing_in_an_archive_leads_outside_or_fills_the_disk(here, name, monke
     written(here / name, {"x.png": jpeg(), **dict.fromkeys(names, b"a bird")})
     data.load(name)
     assert list(here.parent.rglob("out?.txt")) == []
-    written(here / name, {"x.png": bytes(40_000)})
+    written(here / name, {"x.png": bytes(20_000), "x.txt": bytes(20_000)})
     with pytest.raises(data.UserError, match="too large"):
         data.load(name)
 
 
 @pytest.mark.parametrize("spoiled", ["CUB_200_2011.tgz", "birds.zip"])
-@pytest.mark.parametrize("spoil", [None, Path.unlink, lambda path: os.truncate(path, 1000)])
+@pytest.mark.parametrize("spoil", [
+    None, Path.unlink, lambda path: path.write_bytes(b"?"), lambda path: os.truncate(path, 1000)])
 def test_what_is_not_there_is_fetched_once_and_whole(here, monkeypatch, spoil, spoiled):
     sources = []
     for name, files in zip(("CUB_200_2011.tgz", "birds.zip"), cub_files()):
@@ -1614,7 +1613,7 @@ def test_what_is_not_there_is_fetched_once_and_whole(here, monkeypatch, spoil, s
         spoil(here / spoiled)
         with pytest.raises(data.UserError, match=f"{spoiled} cannot be fetched.*--from"):
             data.load("cub")
-        assert spoiled not in os.listdir("cache/downloads")
+        assert os.listdir("cache/downloads") == ["CUB_200_2011.tgz"] * (spoiled == "birds.zip")
     else:
         data.load("cub")
         shutil.rmtree("cache/downloads")
@@ -2521,6 +2520,7 @@ BAD_DATA = [
     ({"x/metadata.csv": b"text,file_name\na bird, red,a.jpg\n"}, "x", "the row of 'a bird' has"),
     ({"x/metadata.jsonl": b"[" * 100_000}, "x", "metadata.jsonl cannot be read"),
     (cub_with(images="1 a b c", bounding_boxes="", part_locs=""), "cub --from x", "together"),
+    (cub_with(), "cub-box --from x", "no bounding boxes"),
     (cub_with(images="1 1.A/a.jpg"), "cub-box --from x", "belong together"),
     (cub_with(images="2 1.A/a.jpg", bounding_boxes="1 1 2 3 4", part_locs="1 1 1 1 1\n" * 15),
      "cub-box --from x", "belong together"),

@@ -354,7 +354,7 @@ class Run:
     # What all recipes but "paper" add to Algorithm 1.
 
     def seen_by_S(self, x):
-        """What S sees of images (N, 3, 64, 64). Else it learns patterns that only G's have."""
+        """What S and Q see of images (N, 3, 64, 64). Unaugmented, G would hide z in them."""
         return augment(x) if self.recipe["augment"] else x
 
     def view(self, x):
