@@ -42,7 +42,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps,
+                 UnidentifiedImageError)
 
 IMAGE_SIZE = 76         # images are kept at 76x76, as in the authors' code ...
 CROP = 64               # ... and the networks see a random 64x64 window ([A] section 5)
@@ -263,8 +264,7 @@ def toy_draw(rng, bird):
     unit = pixel * rng.uniform(50, 58)          # one unit of length
     centre_x = pixel * rng.uniform(34, 39)
     centre_y = pixel * rng.uniform(38, 43)
-    background = ImageColor.getrgb(rng.choice(BACKGROUNDS))
-    background = [min(255, c + rng.randint(-10, 10)) for c in background]
+    background = [c + rng.randint(-10, 10) for c in ImageColor.getrgb(rng.choice(BACKGROUNDS))]
     tint = rng.randint(-8, 8)
     tilt = 3 * rng.uniform(-0.05, 0.05)
 
@@ -298,8 +298,8 @@ def toy_draw(rng, bird):
     for x in (-0.02, 0.10):                                             # legs
         pen.line(at([(x, 0.15), (x + 0.02, 0.42)]), "#5a4632", round(pixel) + 1)
     body, wing, crown, belly = [colour(bird[part]) for part in COLOURED]
-    tail = [(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)]
-    shape(tail, colour(bird["body"], 0.82))
+    shape([(-0.20, -0.06), (-0.20, 0.10), (-0.50, 0.22), (-0.54, 0.09)],    # tail
+          colour(bird["body"], 0.82))
     oval(0.0, 0.0, 0.35, 0.235, body, 0.10)
     oval(0.20, -0.14, 0.16, 0.17, body)                                 # neck
     oval(0.06, 0.11, 0.23, 0.125, belly)
@@ -312,14 +312,14 @@ def toy_draw(rng, bird):
     oval(-0.14, -0.07, 0.24, 0.115, colour(bird["wing"], 0.75), 0.25)   # rim of wing
     oval(-0.14, -0.07, 0.22, 0.095, wing, 0.25)
 
-    # To 76 pixels by averaging, which makes the edges smooth.
-    pixels = np.asarray(image.reduce(S))
+    # Softened, then to 76 pixels by averaging. With hard edges real images have so much detail of
+    # one or two pixels that D does not notice the dots which G draws along every edge.
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.6 * pixel)).reduce(S))
     outline = np.clip(np.array(outline) / S, 0, IMAGE_SIZE)
-    low = outline.min(0)
-    size = outline.max(0) - low
     spots = [(tip, -0.26), (0.06, 0.15), (0.28, -0.02),                 # in KEYPOINTS' order
              (0.29, -0.44), (0.42, -0.36), (-0.52, 0.15)]
-    return pixels, np.concatenate([low, size]), np.array(at(spots)) / S
+    box = outline.min(0), np.ptp(outline, 0)
+    return pixels, np.concatenate(box), np.array(at(spots)) / S
 
 
 def toy_examples(number, bird):
