@@ -2433,7 +2433,7 @@ def test_benchmark_prints_and_writes_nothing(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, device, images, options, recipe, steps, ngf", [
-    ("toy", "cpu", 6400, "", "toy", 4200, 32),
+    ("toy", "cpu", 6400, "", "toy", 4600, 32),
     ("toy", "cpu", 6400, "--recipe paper", "paper", 600 * 100, 32),
     ("cub", "cpu", 6400, "", "quick", 25_000, 32),
     ("cub", "cuda", 6400, "--ngf 8", "gpu", 600 * 50, 8),
