@@ -318,8 +318,8 @@ def toy_draw(rng, bird):
     outline = np.clip(np.array(outline) / S, 0, IMAGE_SIZE)
     spots = [(tip, -0.26), (0.06, 0.15), (0.28, -0.02),                 # in KEYPOINTS' order
              (0.29, -0.44), (0.42, -0.36), (-0.52, 0.15)]
-    box = outline.min(0), np.ptp(outline, 0)
-    return pixels, np.concatenate(box), np.array(at(spots)) / S
+    box = np.concatenate([outline.min(0), np.ptp(outline, 0)])
+    return pixels, box, np.array(at(spots)) / S
 
 
 def toy_examples(number, bird):
