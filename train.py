@@ -677,8 +677,8 @@ def parse_args(argv):
         help="which of the paper's four models (default: gan-int-cls)")
     add("--recipe", choices=RECIPES,
         help="see RECIPES in train.py (default: toy for toy, gpu with CUDA, else quick)")
-    add("--steps", type=count,
-        help=f"toy: 4,600, quick: 25,000, others: 600 epochs; S has {STYLE_STEPS:,} more")
+    add("--steps", type=count, help=f"toy: {RECIPES['toy']['steps']:,}, "
+        f"quick: {RECIPES['quick']['steps']:,}, others: 600 epochs; S has {STYLE_STEPS:,} more")
     add("--batch-size", type=count, help="default: recipe toy 24, quick 32, paper 64, gpu 128")
     add("--ngf", type=width, help="width of G (the authors: 128, the default with CUDA; else 32)")
     add("--ndf", type=width, help="width of D (default: half of G's, as the authors')")
