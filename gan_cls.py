@@ -361,18 +361,20 @@ def mode_seeking_loss(z1, z2, x1, x2):
     return (far_z / (far_x + 0.05)).mean()
 
 
-def r1_penalty(D, x, h):
+def r1_penalty(D, x, h, weight_x, weight_h):
     """R1 (Mescheder et al., ICML 2018): how steep D is at real images with their right texts.
 
-    For the text too, as in DF-GAN (Tao et al., CVPR 2022). x (B, 3, 64, 64), h (B, 1024) ->
-    scalar with a gradient for D's weights. Under batch norm the slope is not each image's own:
-    an image also moves the statistics by which the others of the batch are normalised.
+    For the text too, as in DF-GAN (Tao et al., CVPR 2022). x (B, 3, 64, 64), h (B, 1024), and a
+    weight for each -> scalar with a gradient for D's weights. Under batch norm the slope is not
+    each image's own: an image also moves the statistics by which the others are normalised.
     """
     x = x.detach().requires_grad_(True)
     h = h.detach().requires_grad_(True)
     slope_x, slope_h = torch.autograd.grad(D(x, h).sum(), (x, h), create_graph=True)
-    # E |dD/dx|^2 + E |dD/dh|^2
-    return slope_x.square().sum((1, 2, 3)).mean() + slope_h.square().sum(1).mean()
+    # weight_x E |dD/dx|^2 + weight_h E |dD/dh|^2
+    penalty_x = slope_x.square().sum((1, 2, 3)).mean()
+    penalty_h = slope_h.square().sum(1).mean()
+    return weight_x * penalty_x + weight_h * penalty_h
 
 
 @torch.no_grad()
