@@ -117,9 +117,8 @@ def noise(n, seed, truncation=1.0):
     """z (n, 100) from N(0, 1), times `truncation`. z[i] depends on the seed and on i, not on n.
 
     departs from the paper: below 1, z lies nearer to its mean than in training. The images of a
-    text differ less and fewer of them go wrong (measured: weights/README.md). This is the
-    truncation trick of BigGAN (Brock et al., ICLR 2019), which draws large values again where we
-    scale all.
+    text differ less and, by eye, fewer of them go wrong. This is the truncation trick of BigGAN
+    (Brock et al., ICLR 2019), which draws large values again where we scale all.
     """
     # torch.randn makes sixteen numbers at once, and the last ones in another way: hence a row more.
     z = torch.randn(n + 1, Z_DIM, generator=torch.Generator().manual_seed(seed))
