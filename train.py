@@ -66,7 +66,7 @@ RECIPES = {
         blends_to_D=True,       # D sees the fake images of eq. 5 too: else one image fools it
         mode_seeking=0.05,      # term of G's loss: other z, other images; else z has little effect
         style=0.02,             # eq. 6 as a term of G's loss: S can then recover z from an image
-        r1=(0.01, 0.01),        # gradient penalty on D, image and text, every 4th step; by eye 0.1: worse
+        r1=(0.01, 0.01),        # gradient penalty on D, for image and text; 0.1: worse (by eye)
         ema=0.998,              # samples use a moving average of G over about 500 steps
         decay=0.1),             # from half of the steps on both rates fall, to this share of them
 }
