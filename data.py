@@ -624,7 +624,7 @@ def read_pairs(folder, images, texts, key, box_of={}):
     def read(image):
         captions = captions_of.get(key(image))
         if not captions:
-            return "no caption"
+            return "no caption of 3 letters or more"
         if count[key(image)] > 1:
             return "several images have this name, so no caption"
         try:

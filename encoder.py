@@ -580,13 +580,15 @@ def get_encoder(ds, device="cpu", precision="fp32", image_side=None, image_featu
     return load_encoder(path, ds, image_side)
 
 
-def add_options(add):
+def add_options(parser):
     """What encoder.py and train.py both ask for."""
+    add = parser.add_argument
     data.add_options(add)
-    add("--image-encoder", choices=("conv",),
-        help="train a text encoder whose image side is a small network")
-    add("--image-features", metavar="FILE.npy",
-        help="train a text encoder whose image side is these features, a row for each image")
+    side = parser.add_mutually_exclusive_group().add_argument
+    side("--image-encoder", choices=("conv",),
+         help="train a text encoder whose image side is a small network")
+    side("--image-features", metavar="FILE.npy",
+         help="train a text encoder whose image side is these features, a row for each image")
     add("--seed", type=data.int_between(0, 2 ** 31), default=0, help="default: 0")
     add("--device", type=data.pick_device, default="auto", help="auto (default), cpu, cuda, cuda:1")
     add("--precision", choices=("auto", *data.DTYPES), default="auto",
@@ -595,15 +597,13 @@ def add_options(add):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the text encoder, or measure it.")
+    add_options(parser)
     add = parser.add_argument
-    add_options(add)
     add("--steps", type=data.int_between(1, 10_000_000), default=STEPS, help=f"default: {STEPS}")
     add("--out", type=Path, help="where to keep it (default: runs/DATASET-encoder.pt)")
     add("--evaluate", action="store_true", help="measure the one that is there")
     add("--weights", metavar="NAME", help="measure the one in weights/NAME.pt")
     args = parser.parse_args(argv)
-    if args.image_encoder and args.image_features:
-        parser.error("--image-encoder conv and --image-features are two image sides: name one")
 
     ds = data.load(args.dataset, args.source)
     check_captions(captions_of(ds, ds.training_images()))

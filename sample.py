@@ -181,7 +181,7 @@ def draw(args):
         labels = ["style of:", *texts]
     else:
         rows = grid_of_texts(model, h, noise(args.n, args.seed, args.truncation))
-    out = args.out or Path("sample.png")
+    out = args.out or "sample.png"
     save_image(image_grid([to_pixels(row) for row in rows], labels, titles), out)
     print(f"wrote {out}, drawn with {model.path}, which was trained on {model.dataset}")
 
@@ -292,7 +292,7 @@ def verify_style(emb, pairs):
 # (q, 3, 64, 64), the images whose direction is known, direction (q,), other (q,), places of other
 # images whose texts are taken, and probe, which reads a direction.
 TestSet = namedtuple("TestSet", "ds x labels texts scorers pairs query direction other probe",
-                     defaults=({}, None, None, None, None))
+                     defaults=({}, *[None] * 4))
 
 
 def images_at(ds, index, device):
@@ -596,8 +596,9 @@ def measure_runs(args):
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description="Generate images from texts, or measure runs.", fromfile_prefix_chars="@")
-    # Empty lines are no texts, and Windows' editors put U+FEFF before the first one.
-    parser.convert_arg_line_to_args = re.compile(r"[^\s\ufeff].*").findall
+    # No texts: empty lines, and Windows' U+FEFF. `encode` raises where a file is not UTF-8.
+    parser.convert_arg_line_to_args = lambda line: re.findall(
+        r"[^\s\ufeff].*", line.encode().decode())
     add = parser.add_argument
     add("texts", nargs="*", metavar="TEXT", help="a row each; @FILE stands for the lines of a file")
     add("--weights", metavar="RUN",
@@ -618,7 +619,7 @@ def parse_args(argv):
     add("--save-images", type=Path, metavar="DIR", help="with --measure: write images as arrays")
     try:
         args = parser.parse_args(argv)
-    except UnicodeDecodeError:
+    except UnicodeError:
         parser.error("@FILE: expected a text file in UTF-8, a sentence a line")
     if args.truncation is None:
         args.truncation = 1.0 if args.measure else TRUNCATION

@@ -6,8 +6,7 @@
     python train.py --resume                        # go on with a run that was stopped
 
 Algorithm 1 itself is `gan_cls_step` in gan_cls.py; the loop around it is `train`, below.
-A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out), its data set's phi in
-runs/DATASET-encoder.pt.
+A run lies in runs/DATASET-VARIANT[-SEED]/ (or --out), its phi in runs/DATASET-encoder.pt.
 """
 
 import argparse
@@ -95,7 +94,7 @@ FIRST_SAVES = (100, 250)            # steps: so that something is seen early
 # ---- The loop --------------------------------------------------------------------------------
 
 def train(run, batches, out_dir, sample_grid, eager=False, start=None):
-    """Train to run.settings["steps"]. Returns False where Ctrl-C or kill ended it earlier.
+    """Train to run.settings["steps"]. Returns False after Ctrl-C or kill.
 
     sample_grid(G) -> an image of samples. Progress lines are means since the last one. With CUDA
     the step is recorded, unless it is to be `eager`. start: time.time() before phi was trained.
@@ -129,7 +128,7 @@ def train(run, batches, out_dir, sample_grid, eager=False, start=None):
                 data.save_image(sample_grid(run.G_ema), out_dir / "samples" / f"{run.step:06d}.png")
                 plot_history(run.history, out_dir / "loss.png")
                 run.save(out_dir / "checkpoint.pt")
-    return run.step == settings["steps"]
+    return not stopped
 
 
 class Step:
@@ -168,14 +167,16 @@ class Step:
         update(run.opt_D, 4 * penalty, run.scaler)
 
     def record(self):
-        """Record both parts as CUDA graphs; from then on a call of either replays its graph.
+        """Record the parts as CUDA graphs; from then on a call of one replays its graph.
 
         A step is some 1,200 kernels. Launching them takes Python 32 ms on a fast card, which runs
         them in 9. A replayed graph reads and writes the same memory each time: self.positions, the
         weights, Adam's rates. Whatever raises here leaves the step as it was.
         """
         before = copy.deepcopy(self.run.state())
-        parts = [self.algorithm_1, self.gradient_penalty]
+        parts = [self.algorithm_1]
+        if self.run.recipe["r1"]:
+            parts.append(self.gradient_penalty)
         try:
             warm_up(parts)
             self.run.load_state(before)         # of the warm-up nothing remains
@@ -282,8 +283,8 @@ class Progress:
         steps = self.run.settings["steps"]
         means = {key: value.item() / self.count for key, value in self.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):       # and nothing is saved
-            raise UserError(f"a loss is no longer finite at step {step}: go on with --resume, and "
-                            "if it comes again try --precision fp32 or another --seed")
+            raise UserError(f"a loss is no longer finite at step {step}: go on with --resume, or "
+                            "begin again where nothing was saved; --precision fp32 may help")
         self.run.history.append(dict(step=step, **means))
         self.sums = {}
         self.count = 0
@@ -351,8 +352,7 @@ class Run:
         # fp16 has so small a range that gradients must be scaled; for the others it does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings["precision"] == "fp16")
 
-    # What all recipes but "paper" add to Algorithm 1.
-
+    # What all recipes but "paper" add to Algorithm 1:
     def seen_by_S(self, x):
         """What S and Q see of images (N, 3, 64, 64). Unaugmented, G would hide z in them."""
         return augment(x) if self.recipe["augment"] else x
@@ -528,8 +528,8 @@ def train_variant(args, variant):
     if run.step < settings["steps"]:
         run.S = None                            # S belonged to the old G: retrain it
         if not train(run, batches, folder, sample_grid, args.eager, start):
-            print(f"stopped at step {run.step} and saved; go on with:  "
-                  f"python train.py --out {shlex.quote(str(folder))} --resume")
+            print(f"stopped at step {run.step} and saved; if it was --variant all, begin it again, "
+                  f"else go on with:  python train.py --out {shlex.quote(str(folder))} --resume")
             sys.exit(130)
 
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
@@ -565,10 +565,10 @@ def choose_settings(args, variant, ds, device):
     default = "gpu" if device.type == "cuda" else "quick"
     recipe = args.recipe or ("toy" if ds.name == "toy" else default)
     n = len(ds.training_images())
-    batch_size = min(args.batch_size or RECIPES[recipe]["batch_size"], n)
-    if batch_size < 4:
-        what = f"{n} training images are too few" if n < 4 else "--batch-size is too small"
-        raise UserError(f"{what}: expected 4 or more")
+    batch_size = args.batch_size or min(RECIPES[recipe]["batch_size"], n)
+    if not 4 <= batch_size <= n:
+        raise UserError(f"--batch-size {batch_size} and {n} training images: expected 4 or more, "
+                        "and no larger batch than there are images")
 
     steps = max(600 * (n // batch_size), RECIPES[recipe].get("fewest_steps", 0))    # 600 epochs
     steps = min(steps, RECIPES[recipe]["steps"] or steps)
@@ -670,7 +670,7 @@ def parse_args(argv):
     add = parser.add_argument
     count = data.int_between(1, 10_000_000)
     width = data.int_between(1, 1024)
-    encoder.add_options(add)
+    encoder.add_options(parser)
     # None means "not given": a resumed run then keeps its own value.
     parser.set_defaults(dataset=None, seed=None, precision=None)
     add("--variant", choices=[*VARIANTS, "all"],
