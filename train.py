@@ -462,8 +462,7 @@ def train_style_encoder(run, batches, steps=STYLE_STEPS):
     torch.manual_seed(run.settings["seed"])
     B = run.settings["batch_size"]
     S = StyleEncoder().to(run.device, memory_format=torch.channels_last)
-    # Not in [A]. S is an ordinary regression: Adam's defaults.
-    optimizer = torch.optim.Adam(S.parameters(), 1e-3, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.Adam(S.parameters(), 1e-3, fused=True)  # not in [A]: Adam's defaults
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.scaler.is_enabled())
     for step in range(1, steps + 1):
         z = torch.randn(B, Z_DIM, device=run.device)
@@ -528,8 +527,9 @@ def train_variant(args, variant):
     if run.step < settings["steps"]:
         run.S = None                            # S belonged to the old G: retrain it
         if not train(run, batches, folder, sample_grid, args.eager, start):
-            print(f"stopped at step {run.step} and saved; if it was --variant all, begin it again, "
-                  f"else go on with:  python train.py --out {shlex.quote(str(folder))} --resume")
+            again = f"python train.py --out {shlex.quote(str(folder))} --resume"
+            print(f"stopped at step {run.step} and saved; go on with:  "
+                  f"{'the same command' if args.variant == 'all' else again}")
             sys.exit(130)
 
     # 3. S. fork_rng keeps the random state, so that a run that goes on later is unchanged.
